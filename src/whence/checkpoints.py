@@ -1,0 +1,320 @@
+"""Checkpoints: folders in the layout of ``diffusers``, ordered by optimizer step.
+
+    checkpoints/checkpoint-<step>/unet/        raw weights: config.json and safetensors, as ``save_pretrained`` writes them
+    checkpoints/checkpoint-<step>/unet_ema/    moving average of the weights, where one is kept
+    checkpoints/checkpoint-<step>/scheduler/   scheduler_config.json
+    checkpoints/checkpoint-<step>/resume/      optimizer.safetensors (by parameter name), rng.safetensors, state.json
+    checkpoints/checkpoint-<step>/checkpoint.json   step and a checksum of every file
+
+Folders that ``accelerate`` and the ``diffusers`` example scripts write (``checkpoint-<step>/unet``, a pipeline with
+``model_index.json``, a single model folder) open as they are. torch and diffusers are imported only when a model is loaded.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from whence._files import publish_folder, sha256_of_file, sha256_of_json, write_json
+from whence.errors import CheckpointError, NumericsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+Weights = Literal["raw", "ema"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint on disk."""
+
+    step: int
+    """Optimizer steps taken; 0 for a lone model whose step is not known."""
+    folder: Path
+    model_folder: Path
+    """Raw weights."""
+    ema_folder: Path | None
+    """Moving average of the weights, or None."""
+
+    def weights_folder(self, weights: Weights) -> Path:
+        """Give the folder of the raw or of the averaged weights.
+
+        Raises:
+            CheckpointError: If averaged weights are asked for and there are none.
+        """
+        if weights == "raw":
+            return self.model_folder
+        if self.ema_folder is None:
+            raise CheckpointError(
+                f"{self.folder} has no averaged weights (no unet_ema). Use the raw ones, or train with --ema-decay."
+            )
+        return self.ema_folder
+
+    def content_hash(self, weights: Weights = "raw") -> str:
+        """Hash what a gradient depends on: the model's configuration and its weights."""
+        files = sorted(self.weights_folder(weights).iterdir())
+        kept = [f for f in files if f.suffix in (".json", ".safetensors", ".bin")]
+        return sha256_of_json({f.name: sha256_of_file(f) for f in kept})
+
+
+def list_checkpoints(path: Path) -> list[Checkpoint]:
+    """Find the checkpoints below a folder, in order of their steps.
+
+    Args:
+        path: A run of whence, a training output folder with ``checkpoint-<step>`` folders, one checkpoint, a saved
+            pipeline, or a saved model.
+
+    Returns:
+        At least one checkpoint. Folders that were not finished are left out.
+
+    Raises:
+        CheckpointError: If there is none, or two have the same step.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder. Give a run, a checkpoint folder or a saved diffusers model.")
+    for parent in (path / "checkpoints", path):
+        numbered = [(int(m[1]), f) for f in parent.glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", f.name))]
+        found = sorted(
+            (c for step, folder in numbered if (c := _as_checkpoint(folder, step))), key=lambda c: (c.step, c.folder.name)
+        )
+        for left, right in zip(found, found[1:], strict=False):
+            if left.step == right.step:
+                raise CheckpointError(f"{left.folder} and {right.folder} have the same step. Remove one of them.")
+        if found:
+            return found
+    step = re.fullmatch(r"checkpoint-(\d+)", path.resolve().name)
+    lone = _as_checkpoint(path, int(step[1]) if step else 0)
+    if lone is None:
+        contents = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"{path} holds no checkpoint: expected checkpoint-<step> folders, a unet folder, or a config.json beside "
+            f"{WEIGHTS_FILE}; found {contents}."
+        )
+    return [lone]
+
+
+def _as_checkpoint(folder: Path, step: int) -> Checkpoint | None:
+    for model_folder in (folder / "unet", folder):
+        if (model_folder / "config.json").exists():
+            ema = folder / "unet_ema"
+            return Checkpoint(step, folder, model_folder, ema if (ema / "config.json").exists() else None)
+    return None
+
+
+def check_files(checkpoint: Checkpoint) -> None:
+    """Compare every file of a checkpoint that whence wrote with its checksum; foreign folders have none and pass.
+
+    Raises:
+        CheckpointError: If a file is missing or differs.
+    """
+    manifest = checkpoint.folder / "checkpoint.json"
+    if not manifest.exists():
+        return
+    for name, want in json.loads(manifest.read_text())["sha256"].items():
+        path = checkpoint.folder / name
+        if not path.exists() or sha256_of_file(path) != want:
+            state = "damaged or was altered" if path.exists() else "missing"
+            raise CheckpointError(f"{path} is {state}. Restore it, or delete {checkpoint.folder} and train again.")
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    weights: Weights = "raw",
+    *,
+    allow_pickle: bool = False,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> Any:
+    """Load a model as its own ``diffusers`` class, in evaluation mode.
+
+    Args:
+        checkpoint: Which checkpoint.
+        weights: Raw or averaged weights.
+        allow_pickle: Also read ``.bin`` files, with torch's ``weights_only=True``.
+        device: Torch device.
+        dtype: Name of a torch type.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: If files are missing, damaged or pickled, or do not fit the configuration.
+        NumericsError: If a weight is not finite.
+    """
+    import diffusers
+    import torch
+
+    folder = checkpoint.weights_folder(weights)
+    config = _read_config(folder)
+    model_class = getattr(diffusers, config.get("_class_name", ""), None)
+    if model_class is None:
+        raise CheckpointError(f"{folder / 'config.json'} names class {config.get('_class_name')!r}, unknown to diffusers.")
+    state = _read_weights(folder, allow_pickle)
+    with _quiet_diffusers():
+        model = model_class.from_config(config)
+    _check_fits(folder, {k: v.shape for k, v in model.state_dict().items()}, {k: v.shape for k, v in state.items()})
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NumericsError(f"{folder}: parameter {name} holds NaN or infinite values. Leave this checkpoint out.")
+    model.load_state_dict(state)
+    with _quiet_diffusers():
+        return model.to(device, getattr(torch, dtype)).eval()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}.") from error
+    return {k: v for k, v in config.items() if k not in _EMA_KEYS}
+
+
+# EMAModel.save_pretrained adds its own state to the model's config.json.
+_EMA_KEYS = frozenset(
+    {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
+)
+
+
+def _read_weights(folder: Path, allow_pickle: bool) -> "dict[str, Tensor]":
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("*.safetensors"))
+    pickles = sorted(folder.glob("*.bin"))
+    if not files and pickles and not allow_pickle:
+        raise CheckpointError(
+            f"{pickles[0]} is a pickle, which can run code when it is opened. Convert it with "
+            "model.save_pretrained(folder, safe_serialization=True), or pass --allow-pickle if you trust its source."
+        )
+    if not files and not pickles:
+        raise CheckpointError(f"{folder} has a config.json but no weights: expected {WEIGHTS_FILE}.")
+    state: dict[str, Tensor] = {}
+    for path in files or pickles:
+        try:
+            state |= load_file(path) if files else torch.load(path, weights_only=True, map_location="cpu")
+        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}. Restore it or leave this checkpoint out.") from error
+        except Exception as error:  # unpickling raises whatever the file makes it raise
+            raise CheckpointError(f"{path} was refused by torch.load(weights_only=True): {error}") from error
+    return state
+
+
+def _check_fits(folder: Path, want: dict[str, Any], found: dict[str, Any]) -> None:
+    faults = [f"{name} is missing" for name in want if name not in found]
+    faults += [f"{name} is not part of the model" for name in found if name not in want]
+    faults += [
+        f"{name} has shape {tuple(found[name])}, the configuration asks for {tuple(want[name])}"
+        for name in want
+        if name in found and want[name] != found[name]
+    ]
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise CheckpointError(
+            f"The weights in {folder} do not fit its config.json: {'; '.join(faults[:5])}{more}. "
+            "They belong to a model of another architecture."
+        )
+
+
+def check_same_architecture(checkpoints: Sequence[Checkpoint], weights: Weights = "raw") -> None:
+    """Refuse a series whose models differ in anything but their weights.
+
+    Raises:
+        CheckpointError: If two configurations differ; the message names the settings.
+    """
+    first = checkpoints[0]
+    want = _read_config(first.weights_folder(weights))
+    for other in checkpoints[1:]:
+        found = _read_config(other.weights_folder(weights))
+        keys = sorted(k for k in want.keys() | found.keys() if not k.startswith("_") and want.get(k) != found.get(k))
+        if keys or want.get("_class_name") != found.get("_class_name"):
+            differences = "; ".join(f"{k} is {found.get(k)!r}, not {want.get(k)!r}" for k in keys or ["_class_name"])
+            raise CheckpointError(
+                f"All checkpoints must have one architecture; {other.folder} differs from {first.folder}: {differences}."
+            )
+
+
+def load_scheduler(checkpoint: Checkpoint) -> Any:
+    """Load the noise scheduler that belongs to a checkpoint: in its folder or in one of the two above it.
+
+    Raises:
+        CheckpointError: If there is none, or diffusers does not know its class.
+    """
+    import diffusers
+
+    places = [checkpoint.folder, checkpoint.folder.parent, checkpoint.folder.parent.parent]
+    found = next((p / "scheduler" for p in places if (p / "scheduler" / "scheduler_config.json").exists()), None)
+    if found is None:
+        raise CheckpointError(
+            f"No scheduler/scheduler_config.json in {checkpoint.folder} or the two folders above it. Save the noise "
+            "scheduler of the training there: scheduler.save_pretrained(folder / 'scheduler')."
+        )
+    config = json.loads((found / "scheduler_config.json").read_text())
+    scheduler_class = getattr(diffusers, config.get("_class_name", ""), None)
+    if scheduler_class is None:
+        raise CheckpointError(f"{found} names scheduler class {config.get('_class_name')!r}, unknown to diffusers.")
+    return scheduler_class.from_config(config)
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: Any,
+    scheduler: Any,
+    *,
+    ema: Any = None,
+    resume_tensors: "dict[str, dict[str, Tensor]] | None" = None,
+    resume_state: dict[str, Any] | None = None,
+) -> Checkpoint:
+    """Write ``folder/checkpoint-<step>``, which appears whole or not at all.
+
+    Args:
+        folder: Where checkpoints are kept.
+        step: Optimizer steps taken.
+        model: A ``diffusers`` model with its raw weights.
+        scheduler: The noise scheduler.
+        ema: A ``diffusers.training_utils.EMAModel``, where one is kept.
+        resume_tensors: Safetensors files to put into ``resume/``, by their stem.
+        resume_state: Plain data to put into ``resume/state.json``.
+
+    Returns:
+        The checkpoint on disk.
+    """
+    from safetensors.torch import save_file
+
+    target = folder / f"checkpoint-{step}"
+    with publish_folder(target) as partial:
+        model.save_pretrained(partial / "unet", safe_serialization=True)
+        if ema is not None:
+            ema.save_pretrained(partial / "unet_ema")
+        scheduler.save_pretrained(partial / "scheduler")
+        if resume_state is not None:
+            (partial / "resume").mkdir()
+            for stem, tensors in (resume_tensors or {}).items():
+                save_file(tensors, partial / "resume" / f"{stem}.safetensors")
+            write_json(partial / "resume" / "state.json", resume_state)
+        files = [f for f in sorted(partial.rglob("*")) if f.is_file()]
+        checksums = {f.relative_to(partial).as_posix(): sha256_of_file(f) for f in files}
+        write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, "step": step, "sha256": checksums})
+    checkpoint = _as_checkpoint(target, step)
+    assert checkpoint is not None  # save_pretrained has just written its config.json
+    return checkpoint
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Keep diffusers from reporting configuration keys that it does not use, and casts that change nothing."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

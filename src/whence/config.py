@@ -1,0 +1,127 @@
+"""Settings of every stage as frozen dataclasses: plain data, no behaviour, importable without torch.
+
+The command line makes its flags from these, a run keeps them in ``config.yaml``, and the docstring under a field is
+its help text. Units stand in the names; a timestep is an integer in 0..T-1.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+LossName = Literal["mse", "l1"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """How images are read from a source and brought to one size."""
+
+    resolution: int | None = None
+    """Height and width in pixels to resize to. Without it all images must already have one size."""
+    center_crop: bool = False
+    """Keep the aspect ratio and cut the middle square, instead of squeezing the whole image into the square."""
+    grey: bool = False
+    """Read images as one channel instead of three."""
+    image_column: str | None = None
+    """Column that holds the images; found by type or by the names image, img, pixel_values when not given."""
+    id_column: str | None = None
+    """Column that holds the stable sample ids; found by the names id, sample_id, image_id when not given."""
+    label_column: str | None = None
+    """Column that holds a label; found by the names label, class when not given."""
+    caption_column: str | None = None
+    """Column that holds a caption; found by the names text, caption, prompt when not given."""
+    max_megapixels: float = 100.0
+    """An image with more pixels than this is refused, before it is decoded."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """A ``diffusers.UNet2DModel`` and its noise schedule, when ``whence train`` makes the model."""
+
+    widths: tuple[int, ...] = (32, 64, 64)
+    """Channels of each resolution level, from full size down."""
+    layers_per_block: int = 1
+    """Residual blocks at each level."""
+    attention_levels: int = 1
+    """How many of the lowest levels have self-attention."""
+    norm_groups: int = 8
+    """Groups of each group normalisation."""
+    dropout: float = 0.0
+    """Dropout rate in the residual blocks. With dropout the replay check is not possible."""
+    train_timesteps: int = 1000
+    """Timesteps T of the noise schedule."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    """Noise schedule, by its name in diffusers."""
+    prediction_type: PredictionType = "epsilon"
+    """What the model predicts: the noise, the velocity v, or the clean image."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """One training run. The learning rate goes up over the warm-up steps, then follows ``schedule``."""
+
+    epochs: int = 100
+    """Passes over the training set; every image is visited exactly once in each."""
+    batch_size: int = 32
+    """Images in one optimizer step. The last batch of an epoch may be smaller; nothing is dropped."""
+    micro_batch_size: int | None = None
+    """Images in one forward and backward pass; gradients add up over an optimizer step. Default: the whole batch."""
+    checkpoints: int = 4
+    """Checkpoints to keep, evenly spaced over training, the last one at its end."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 50
+    """Optimizer steps over which the learning rate goes up from 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Learning rate after the warm-up."""
+    adam_beta1: float = 0.9
+    """AdamW decay rate of the first moment."""
+    adam_beta2: float = 0.999
+    """AdamW decay rate of the second moment."""
+    weight_decay: float = 1e-6
+    """AdamW weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm. The clip coefficient is part of the record."""
+    loss: LossName = "mse"
+    """Training loss: mean squared or mean absolute error over the elements of a sample."""
+    random_flip: bool = False
+    """Mirror half of the visits left to right. Each flip is part of the record."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay, beside the raw ones."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast type of the forward pass. fp16 needs a GPU."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the images, noise, timesteps and flips."""
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """How queries are compared with training images. Defaults are those of Diffusion-ReTrac (arXiv:2401.09031)."""
+
+    timesteps: int = 100
+    """Timesteps of the query grid, evenly spaced on 1..T-1."""
+    draws: int = 16
+    """Noise draws at each timestep of the query grid: an even number, or 1 (then no reliability can be given)."""
+    replay: Literal["last", "all"] = "last"
+    """Which visits of a training image stand for it at a checkpoint: the last one, or every one since the previous."""
+    train_timesteps: int = 10
+    """Timesteps of the grid on the training side, where a method or a missing record asks for one."""
+    train_draws: int = 1
+    """Noise draws at each timestep of that grid."""
+    phases: int = 4
+    """Bins of query timesteps for which scores are kept apart, from least noise to most."""
+    weights_name: Literal["raw", "ema"] = "raw"
+    """Which weights of a checkpoint: the trained ones, or their moving average."""
+    loss: LossName | None = None
+    """Loss whose gradient is taken. Default: the recorded training loss; mse where there is no record."""
+    batch_size: int = 64
+    """Events in one forward and backward pass."""
+    block_size: int = 256
+    """Training images in one unit of work: what a killed run loses at most."""
+    query_memory_gib: float = 4.0
+    """Memory for query gradients, in GiB. Queries beyond it are traced in turns, each with a pass over the training set."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Arithmetic of the forward pass, gradients and dot products."""
+    device: str = "cpu"
+    """Torch device, for example cpu or cuda:0."""
+    seed: int = 0
+    """Seed of the noise of queries and grids."""

@@ -1,0 +1,120 @@
+r"""Noise as a pure function of a key, so that it is never stored and never depends on a batch.
+
+A *noise key* is 64 bits: the BLAKE2b hash of (seed, stream, side, sample id, position, draw, occurrence). It keys a
+Philox 4x64 counter-based generator (Salmon et al. 2011), whose raw words are used as follows.
+
+    word 0      uniform that gives the timestep of a training visit
+    word 1      uniform that gives its flip
+    word 2, 3   spare uniforms
+    word 4...   pairs of uniforms, each pair two normals by the Box-Muller transform in float64, rounded to float32
+
+Only the generator's *raw* words are used: NumPy promises never to change them, while it may change how it makes normals of
+them. Normals are made for one sample at a time; a longer noise begins with the values of a shorter one.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32, Float64, UInt64
+from numpy import ndarray
+
+Stream = Literal["record", "grid", "trajectory", "order"]
+Side = Literal["train", "query"]
+
+_NUM_SCALARS = 4
+
+
+def noise_key(
+    seed: int, stream: Stream, side: Side, sample_id: str, position: int, draw: int = 0, occurrence: int = 0
+) -> int:
+    """Name one draw of noise by what it is for.
+
+    Args:
+        seed: Seed of the training run or of the query grid.
+        stream: What the draw serves: a recorded visit, a grid of timesteps, a sampler's trajectory, or an order.
+        side: Whether the sample is a training sample or a query.
+        sample_id: Stable id of the sample.
+        position: Optimizer step of a recorded visit (from 1); timestep of a grid point or trajectory.
+        draw: Counts draws at one position.
+        occurrence: Counts appearances of the same sample in one optimizer step.
+
+    Returns:
+        An integer in 0..2^64-1.
+
+    Example:
+        >>> noise_key(0, "grid", "query", "cat.png", 250, draw=3)
+        6543371754176593845
+    """
+    # The id comes last and the other fields hold no blank, so no two tuples share a text.
+    text = f"{seed} {stream} {side} {position} {draw} {occurrence} {sample_id}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"whence-noise-1").digest()
+    return int.from_bytes(digest, "little")
+
+
+def scalar_draws(key: int) -> Float64[ndarray, " scalar"]:
+    """Give the four uniforms in [0, 1) that go with a key: timestep, flip, and two spare ones."""
+    return _uniforms(key, _NUM_SCALARS)
+
+
+def drawn_timestep(key: int, num_timesteps: int) -> int:
+    """Give the timestep in 0..num_timesteps-1 that a key draws, uniformly."""
+    return int(scalar_draws(key)[0] * num_timesteps)
+
+
+def drawn_flip(key: int) -> bool:
+    """Tell whether a key draws a flip; half of all keys do."""
+    return bool(scalar_draws(key)[1] < 0.5)
+
+
+def normals(key: int, shape: tuple[int, ...]) -> Float32[ndarray, "*shape"]:
+    """Draw independent standard normals.
+
+    Args:
+        key: The noise key.
+        shape: Shape of one sample's noise, without a batch axis.
+
+    Returns:
+        Noise rounded from float64. The same on every machine, but for the rounding of one value in about 10^8 where
+        the C library's logarithm and sine differ in their last bit.
+
+    Example:
+        >>> normals(7, (2, 2))
+        array([[-0.13685097, -0.39271408],
+               [-0.60916084, -0.5761016 ]], dtype=float32)
+    """
+    count = math.prod(shape)
+    num_pairs = (count + 1) // 2
+    uniforms = _uniforms(key, _NUM_SCALARS + 2 * num_pairs)[_NUM_SCALARS:]
+    radius = np.sqrt(-2.0 * np.log(1.0 - uniforms[0::2]))  # 1 - u lies in (0, 1]
+    angle = 2.0 * np.pi * uniforms[1::2]
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return pairs.reshape(-1)[:count].reshape(shape).astype(np.float32)
+
+
+def normals_of_keys(keys: Iterable[int] | UInt64[ndarray, " event"], shape: tuple[int, ...]) -> Float32[ndarray, "event *shape"]:
+    """Draw one sample's noise for each key and stack them along a new first axis."""
+    noise = [normals(int(key), shape) for key in keys]
+    return np.stack(noise) if noise else np.empty((0, *shape), np.float32)
+
+
+def keyed_order(seed: int, position: int, num_items: int) -> ndarray:
+    """Give a random order of ``num_items`` items, a pure function of (seed, position).
+
+    Example:
+        >>> sorted(keyed_order(seed=3, position=0, num_items=4).tolist())
+        [0, 1, 2, 3]
+    """
+    words = _raw_words(noise_key(seed, "order", "train", "", position), num_items)
+    return np.argsort(words, kind="stable")
+
+
+def _uniforms(key: int, count: int) -> Float64[ndarray, " word"]:
+    """Turn raw words into uniforms in [0, 1) with 53 bits each."""
+    return (_raw_words(key, count) >> np.uint64(11)) * 2.0**-53
+
+
+def _raw_words(key: int, count: int) -> ndarray:
+    return np.random.Philox(key=key).random_raw(count)

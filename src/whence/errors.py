@@ -1,0 +1,40 @@
+"""Every error that whence raises on purpose.
+
+A message says what must hold, what was found and what to do. The command line prints it without a traceback.
+"""
+
+
+class WhenceError(Exception):
+    """Base of all errors that whence raises on purpose."""
+
+
+class ConfigError(WhenceError):
+    """A setting is unknown, contradictory, or without effect where it matters."""
+
+
+class DataError(WhenceError):
+    """An image, a data set or a list of sample ids cannot be used as it is."""
+
+
+class RecordError(WhenceError):
+    """A record of training is missing, damaged, or does not belong to what it is used with."""
+
+
+class CheckpointError(WhenceError):
+    """A checkpoint folder is missing, damaged, or of another architecture."""
+
+
+class ScoresError(WhenceError):
+    """A file of scores is missing, damaged, or used for what it does not hold."""
+
+
+class UnsupportedModelError(WhenceError):
+    """A model has parameters or layers whose per-sample gradients cannot be taken."""
+
+
+class NumericsError(WhenceError):
+    """A loss, gradient or weight is not finite."""
+
+
+class InUseError(WhenceError):
+    """Another process is writing to the same run."""

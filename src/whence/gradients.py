@@ -1,0 +1,218 @@
+"""Gradients of samples at one checkpoint: dense sums over a grid, and inner products with fixed vectors.
+
+The query side needs whole gradients, summed over a grid of timesteps; the training side streams, layer by layer, through
+inner products with them. Both take the gradient of all draws at one timestep as one unit, in two halves (A and B) where there
+is an even number of draws, so that reliability can be computed under every normalisation::
+
+    family none       sum over t of (A + B) / T             by phase, and of 2A / T  (half B follows from these)
+    family timestep   sum over t of (A + B) / (T |A + B|)   by phase, and of A / (T |A|) and B / (T |B|)
+
+with A and B the sums over half of the draws, divided by the number of all draws.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from numpy import ndarray
+from torch import Tensor
+
+from whence.config import LossName
+from whence.data import ImageData
+from whence.diffusion.adapters import predict
+from whence.diffusion.objectives import sample_loss
+from whence.diffusion.process import NoiseProcess
+from whence.engine.capture import Capture, check_against_autograd
+from whence.engine.sinks import DotSink, GatherSink, Layout
+from whence.errors import ConfigError, NumericsError
+from whence.events import EventTable, grid_events, make_batch
+from whence.methods.frame import Grid
+
+Family = Literal["none", "timestep"]
+
+
+@dataclass(frozen=True)
+class GridVectors:
+    """Summed gradients of one sample over a grid.
+
+    The rows of ``vectors`` are, family by family: one per phase, then half A, then (family timestep) half B; the halves are
+    missing where there is no even number of draws.
+    """
+
+    vectors: Float[Tensor, "vector param"]
+    norms: Float64[ndarray, " timestep"]
+    """Length of the gradient, averaged over the draws, at each timestep of the grid."""
+
+
+def num_vectors(family: Family, phases: int, halves: bool) -> int:
+    """Count the rows that a family takes in :class:`GridVectors`."""
+    return phases + halves * (1 if family == "none" else 2)
+
+
+class GradientSource:
+    """A model at one checkpoint, from which gradients are taken.
+
+    Args:
+        model: The network, in evaluation mode, on its device and in its type.
+        process: The noising process.
+        loss: Loss whose gradient is taken.
+        batch_size: Events in one forward and backward pass.
+        label: Name of the checkpoint, for messages.
+    """
+
+    def __init__(self, model: Any, process: NoiseProcess, loss: LossName, batch_size: int, label: str):
+        self.model = model
+        self.process = process
+        self.loss: LossName = loss
+        self.batch_size = batch_size
+        self.label = label
+        self.capture = Capture(model)
+        self.layout = Layout.of(self.capture.parameters)
+        parameter = next(iter(self.capture.parameters.values()))
+        self.dtype, self.device = parameter.dtype, parameter.device
+
+    def dots(
+        self, table: EventTable, images: ImageData, vectors: Float[Tensor, "vector param"], update: Callable[[int], Any]
+    ) -> tuple[Float64[ndarray, "event vector"], Float64[ndarray, " event"]]:
+        """Multiply each event's gradient with fixed vectors.
+
+        Args:
+            table: Events; each is a unit.
+            images: The images that they point into.
+            vectors: What to multiply with; no rows if only norms are wanted.
+            update: Called with the number of events done.
+
+        Returns:
+            Inner products, and the gradients' lengths.
+
+        Raises:
+            NumericsError: If a gradient is not finite.
+        """
+        dots = np.empty((len(table), len(vectors)))
+        norms = np.empty(len(table))
+        for start in range(0, len(table), self.batch_size):
+            events = table.take(slice(start, start + self.batch_size))
+            sink = DotSink(self.layout, vectors, len(events))
+            self._backward(events, images, len(events), 1.0, [sink])
+            norms[start : start + len(events)] = sink.norm_squared.sqrt().cpu().numpy()
+            dots[start : start + len(events)] = sink.dots.double().cpu().numpy()
+            self._check_finite(norms[start : start + len(events)], events, images)
+            update(len(events))
+        return dots, norms
+
+    def grid_vectors(
+        self,
+        images: ImageData,
+        rows: Sequence[int],
+        side: Literal["train", "query"],
+        grid: Grid,
+        families: Sequence[Family],
+        *,
+        phases: int,
+        halves: bool,
+        seed: int,
+        update: Callable[[int], Any],
+    ) -> list[GridVectors]:
+        """Sum the gradients of samples over a grid of timesteps and draws.
+
+        Args:
+            images: Where the samples are.
+            rows: Which samples.
+            side: Whose noise is drawn.
+            grid: Timesteps and draws.
+            families: Which sums.
+            phases: Bins of timesteps that are kept apart.
+            halves: Also keep sums over half of the draws; their number must be even.
+            seed: Seed of the noise.
+            update: Called with the number of events done.
+
+        Returns:
+            One per sample.
+
+        Raises:
+            ConfigError: If the draws at one timestep do not fit into a batch.
+            NumericsError: If a gradient is not finite.
+        """
+        if grid.draws > self.batch_size:
+            raise ConfigError(
+                f"All draws of a timestep go through the network at once, so batch_size must be at least {grid.draws}; found "
+                f"{self.batch_size}."
+            )
+        table = grid_events(images, rows, side, grid, self.process.num_timesteps, seed)
+        num_rows = sum(num_vectors(family, phases, halves) for family in families)
+        sums = torch.zeros(len(rows), num_rows, self.layout.num_params, dtype=self.dtype, device=self.device)
+        norms = np.empty((len(rows), grid.timesteps))
+        parts = 2 if halves else 1
+        points_per_batch = self.batch_size // grid.draws
+        for start in range(0, len(rows) * grid.timesteps, points_per_batch):
+            events = table.take(slice(start * grid.draws, (start + points_per_batch) * grid.draws))
+            num_points = len(events) // grid.draws
+            sink = GatherSink(self.layout, num_points * parts, sums)
+            self._backward(events, images, num_points * parts, 1.0 / grid.draws, [sink])
+            gradients = sink.rows.unflatten(0, (num_points, parts))
+            samples, steps = np.divmod(np.arange(start, start + num_points), grid.timesteps)
+            lengths = _lengths(gradients)
+            norms[samples, steps] = lengths[:, 0].cpu().numpy()
+            self._check_finite(norms[samples, steps], events.take(slice(0, None, grid.draws)), images)
+            for sample in np.unique(samples):
+                here = torch.from_numpy(samples == sample)
+                phase_of_point = torch.from_numpy(steps[samples == sample] * phases // grid.timesteps)
+                factors = _coefficients(lengths[here], phase_of_point, families, phases, halves) / grid.timesteps
+                sums[sample].addmm_(factors.flatten(1).to(sums), gradients[here].flatten(0, 1))
+            update(len(events))
+        return [GridVectors(vectors, norm) for vectors, norm in zip(sums, norms, strict=True)]
+
+    def check(self, images: ImageData) -> None:
+        """Compare per-sample gradients with autograd's on a first small batch (two events of up to four images)."""
+        rows = list(range(min(4, len(images))))
+        table = grid_events(images, rows, "train", Grid(timesteps=2), self.process.num_timesteps, seed=0)
+        check_against_autograd(self.capture, lambda: self._outputs(table, images), num_units=len(table))
+
+    def _outputs(self, table: EventTable, images: ImageData) -> Float[Tensor, " event"]:
+        batch = make_batch(table, images, self.process, dtype=self.dtype, device=self.device)
+        return sample_loss(predict(self.model, batch.noisy, batch.timesteps), batch.target, self.loss) * batch.loss_weight
+
+    def _backward(self, table: EventTable, images: ImageData, num_units: int, factor: float, sinks: list[Any]) -> None:
+        with self.capture.hooks():
+            self.capture.backward(self._outputs(table, images) * factor, num_units, sinks)
+
+    def _check_finite(self, norms: ndarray, table: EventTable, images: ImageData) -> None:
+        bad = np.flatnonzero(~np.isfinite(norms))
+        if len(bad):
+            row, timestep = table.row[bad[0]], table.timestep[bad[0]]
+            raise NumericsError(
+                f"The gradient of {images.ids[row]} at timestep {timestep} is not finite at {self.label} ({len(bad)} such in "
+                "this batch). Look at the checkpoint's weights, or leave it out."
+            )
+
+
+def _lengths(gradients: Float[Tensor, "point part param"]) -> Float64[Tensor, "point length"]:
+    """Lengths of A + B, and, where there are halves, of A and of B."""
+    whole = torch.linalg.vector_norm(gradients.sum(1), dim=1, dtype=torch.float64)
+    return torch.cat([whole[:, None], torch.linalg.vector_norm(gradients, dim=2, dtype=torch.float64)], dim=1)
+
+
+def _coefficients(
+    lengths: Float64[Tensor, "point length"],
+    phase_of_point: Tensor,
+    families: Sequence[Family],
+    phases: int,
+    halves: bool,
+) -> Float64[Tensor, "vector point part"]:
+    """Say how each sum is made of the half-gradients of the points: the table at the top of this module."""
+    num_points, parts = len(lengths), 2 if halves else 1
+    in_phase = torch.nn.functional.one_hot(phase_of_point, phases).T.to(lengths)  # phase, point
+    both = torch.ones(parts, dtype=lengths.dtype, device=lengths.device)
+    rows = []
+    for family in families:
+        # A zero gradient stays a zero row.
+        scale = torch.ones_like(lengths) if family == "none" else torch.where(lengths > 0, 1 / lengths, 0.0)
+        rows.append((in_phase * scale[:, 0])[:, :, None] * both)
+        for half in range(num_vectors(family, phases, halves) - phases):
+            only = torch.zeros(1, num_points, parts, dtype=lengths.dtype, device=lengths.device)
+            only[0, :, half] = 2.0 if family == "none" else scale[:, 1 + half]
+            rows.append(only)
+    return torch.cat(rows)

@@ -1,0 +1,46 @@
+"""Diffusion-TracIn and Diffusion-ReTrac (Xie, Li, Bai, Hsieh; TMLR 2024; arXiv:2401.09031), and plain gradient similarity."""
+
+from whence.methods.frame import GradientPlan, Grid, Method, Replay
+
+_SOURCE = "Xie et al. 2024, arXiv:2401.09031"
+_QUERY_GRID = Grid(timesteps=100, draws=16)
+
+TRACIN = Method(
+    name="tracin",
+    train=GradientPlan(Replay("last"), unit="none"),
+    query=GradientPlan(_QUERY_GRID, unit="none"),
+    source=_SOURCE,
+)
+"""Gradient of the sample as it was trained, with the query's mean gradient."""
+
+RETRAC = Method(
+    name="retrac",
+    train=GradientPlan(Replay("last"), unit="event"),
+    query=GradientPlan(_QUERY_GRID, unit="timestep"),
+    source=_SOURCE,
+)
+"""TracIn with both sides brought to length 1: the sample's gradient, and the query's at each timestep.
+
+The query's normalised gradients are then averaged over timesteps, so a query whose timesteps disagree has smaller scores: the
+result is a cosine times the query's coherence.
+"""
+
+GRAD_DOT = Method(
+    name="grad-dot",
+    train=GradientPlan(Grid(timesteps=10, draws=1)),
+    query=GradientPlan(Grid(timesteps=10, draws=2)),
+    checkpoints="last",
+    weights="equal",
+    source="Charpiat et al. 2019, arXiv:2102.05262",
+)
+"""Inner product of the mean gradients of both at the last checkpoint."""
+
+GRAD_COS = Method(
+    name="grad-cos",
+    train=GradientPlan(Grid(timesteps=10, draws=1), unit="sample"),
+    query=GradientPlan(Grid(timesteps=10, draws=2), unit="sample"),
+    checkpoints="last",
+    weights="equal",
+    source="Charpiat et al. 2019, arXiv:2102.05262",
+)
+"""Cosine of the mean gradients of both at the last checkpoint."""

@@ -1,0 +1,389 @@
+"""The recorder: four lines in anybody's training loop that make it exactly attributable.
+
+    recorder = Recorder(run, scheduler=noise_scheduler, optimizer=optimizer, config=vars(args))   # once
+    noise, timesteps = recorder.draw(ids, like=images)                                           # in each step
+    recorder.step(loss_per_sample, grad_norm)                                                    # before the lr steps
+    recorder.save(model)                                                                         # now and then
+
+The recorder draws noise and timesteps itself, from keys (``whence.diffusion.noise``), so that they can be drawn again. What
+it writes is described in ``whence.record`` and ``whence.checkpoints``.
+"""
+
+import math
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, get_args
+
+import filelock
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from whence._files import write_json
+from whence.checkpoints import Checkpoint, save_checkpoint
+from whence.config import LossName
+from whence.diffusion.noise import drawn_flip, drawn_timestep, noise_key, normals_of_keys
+from whence.diffusion.process import NoiseProcess
+from whence.errors import InUseError, NumericsError, RecordError
+from whence.record import FORMAT_VERSION, PartWriter, read_manifest
+
+
+class Recorder:
+    """Draws the randomness of training and writes down, for each visit of a sample, all that is needed to replay it.
+
+    Args:
+        folder: The run; ``record/`` and ``checkpoints/`` are made in it.
+        scheduler: The ``diffusers`` noise scheduler of the training.
+        optimizer: Its optimizer; the learning rate is read from its first parameter group.
+        config: Settings of the training, kept in the manifest: a mapping or a dataclass. ``seed``, ``max_grad_norm``,
+            ``loss`` and ``mixed_precision`` are taken from it where it has them.
+        seed: Seed of noise, timesteps and flips. Default: the config's, else 0.
+        max_grad_norm: Norm to which gradients are clipped. Default: the config's, else none.
+        loss: ``mse`` or ``l1``. Default: the config's, else mse, as in the training scripts of ``diffusers``.
+        data_fingerprint: Fingerprint of the training images, so that others cannot be taken for them.
+        rank: Number of this process, where several train together.
+        resume_from: Step of the checkpoint that training goes on from; parts beyond it are moved aside. 0 starts over.
+
+    Raises:
+        RecordError: If the folder holds a record and ``resume_from`` is not given, or one made with other settings.
+        InUseError: If another process is recording into the folder.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        scheduler: Any,
+        optimizer: torch.optim.Optimizer,
+        config: Any,
+        seed: int | None = None,
+        max_grad_norm: float | None = None,
+        loss: LossName | None = None,
+        data_fingerprint: str | None = None,
+        rank: int = 0,
+        resume_from: int | None = None,
+    ):
+        self.folder = Path(folder)
+        self.scheduler = scheduler
+        self.optimizer = optimizer
+        self.process = NoiseProcess.from_scheduler(scheduler)
+        settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
+        self.seed = int(_first(seed, settings.get("seed"), 0))
+        self.max_grad_norm = _first(max_grad_norm, settings.get("max_grad_norm"))
+        self._lock = filelock.FileLock(self.folder / f".recorder-{rank}.lock", timeout=0)
+        self._claim_folder()
+        self.manifest = {
+            "format_version": FORMAT_VERSION,
+            "seed": self.seed,
+            "max_grad_norm": self.max_grad_norm,
+            "loss": _known_loss(_first(loss, settings.get("loss"), "mse")),
+            "mixed_precision": settings.get("mixed_precision") or "no",
+            "prediction_type": self.process.prediction_type,
+            "scheduler": {"class": type(scheduler).__name__, "config": _plain(dict(scheduler.config))},
+            "data_fingerprint": data_fingerprint,
+            "config": _plain(settings),
+            "versions": _versions(),
+        }
+        self._parts = self._open_parts(resume_from, rank)
+        self.last_step = resume_from or 0
+        self._open: dict[str, Any] | None = None
+        self._step_rows: list[dict[str, Any]] = []
+        self._part_rows: list[dict[str, Any]] = []
+        self._occurrences: Counter[str] = Counter()
+        self._flips: dict[tuple[str, ...], Bool[np.ndarray, " event"]] = {}
+
+    def flip(self, ids: Iterable[Any], images: Float[Tensor, "event *shape"]) -> Float[Tensor, "event *shape"]:
+        """Mirror about half of the images left to right, by their keys; call it before :meth:`draw` with the same ids."""
+        sample_ids = _as_ids(ids)
+        flips = np.array([drawn_flip(key) for key in self._keys(sample_ids)], dtype=bool)
+        self._flips[tuple(sample_ids)] = flips
+        return flip_where(images, torch.from_numpy(flips))
+
+    def draw(
+        self,
+        ids: Iterable[Any],
+        like: Float[Tensor, "event *shape"],
+        *,
+        crops: Int[Tensor, "event 2"] | None = None,
+        condition_dropped: Bool[Tensor, " event"] | None = None,
+    ) -> tuple[Float[Tensor, "event *shape"], Int[Tensor, " event"]]:
+        """Draw noise and timesteps for one forward pass.
+
+        Args:
+            ids: Stable ids of the samples, in the order of the batch. Text or integers.
+            like: The clean images or latents: shape, type and device of the noise.
+            crops: Top and left of random crops made by the caller, to be written down.
+            condition_dropped: Captions or labels withheld by the caller, to be written down.
+
+        Returns:
+            The noise, and timesteps drawn uniformly from 0..T-1.
+
+        Raises:
+            RecordError: If ids and images differ in number, or the pass before was not closed.
+        """
+        sample_ids = _as_ids(ids)
+        if len(sample_ids) != len(like):
+            raise RecordError(f"draw() needs one id per image; found {len(sample_ids)} ids and {len(like)} images.")
+        if self._open is not None:
+            raise RecordError("draw() was called twice; close the first pass with step(), accumulate() or probe().")
+        if self._flips and tuple(sample_ids) not in self._flips:
+            raise RecordError("flip() was called with other ids than draw(). Call both with the same batch.")
+        keys = self._keys(sample_ids)
+        self._occurrences.update(sample_ids)
+        timesteps = torch.tensor([drawn_timestep(key, self.process.num_timesteps) for key in keys], dtype=torch.long)
+        tops_lefts = torch.zeros(len(keys), 2, dtype=torch.long) if crops is None else crops
+        dropped = torch.zeros(len(keys), dtype=torch.bool) if condition_dropped is None else condition_dropped
+        self._open = {
+            "ids": sample_ids,
+            "noise_key": keys,
+            "model_time": timesteps.tolist(),
+            "sigma": self.process.sigma[timesteps].tolist(),
+            "flip": self._flips.pop(tuple(sample_ids), np.zeros(len(keys), dtype=bool)).tolist(),
+            "crop_top": tops_lefts[:, 0].tolist(),
+            "crop_left": tops_lefts[:, 1].tolist(),
+            "condition_dropped": dropped.tolist(),
+        }
+        noise = torch.from_numpy(normals_of_keys(keys, tuple(like.shape[1:])))
+        return noise.to(like), timesteps.to(like.device)
+
+    def accumulate(self, loss_per_sample: Float[Tensor, " event"], *, loss_weight: Any = None) -> None:
+        """Close a forward pass that is not the last of its optimizer step (gradient accumulation)."""
+        self._step_rows.append(self._close(loss_per_sample, loss_weight, micro_batch=len(self._step_rows)))
+
+    def step(
+        self,
+        loss_per_sample: Float[Tensor, " event"],
+        grad_norm: Tensor | float | None = None,
+        *,
+        loss_weight: Float[Tensor, " event"] | None = None,
+        samples_in_step: int | None = None,
+        skipped: bool = False,
+    ) -> None:
+        """Close the last forward pass of an optimizer step. Call it before the learning-rate scheduler steps.
+
+        Args:
+            loss_per_sample: Losses whose mean is minimised, their weight included; not yet averaged over the batch.
+            grad_norm: Gradient norm before clipping, as ``clip_grad_norm_`` returns it.
+            loss_weight: Factor inside each loss. Default: 1.
+            samples_in_step: Samples in the optimizer step over all processes. Default: those of this process.
+            skipped: The optimizer did not step (a gradient scaler found infinite gradients); the visits count nothing.
+
+        Raises:
+            RecordError: If there was no :meth:`draw`, the losses are not one per sample, or a gradient norm comes without
+                the norm it is clipped to.
+            NumericsError: If a loss is not finite.
+        """
+        clip_coefficient = 0.0 if skipped else self._clip_coefficient(grad_norm)
+        self.accumulate(loss_per_sample, loss_weight=loss_weight)
+        self.last_step += 1
+        num_samples = samples_in_step or sum(len(rows["ids"]) for rows in self._step_rows)
+        for rows in self._step_rows:
+            self._part_rows.append(
+                rows
+                | _constant(
+                    len(rows["ids"]),
+                    step=self.last_step,
+                    learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+                    clip_coefficient=clip_coefficient,
+                    samples_in_step=num_samples,
+                )
+            )
+        self._step_rows = []
+        self._occurrences.clear()
+
+    def probe(self, loss_per_sample: Float[Tensor, " event"], *, loss_weight: Any = None) -> None:
+        """Close a forward pass that trains nothing, after the last checkpoint, so that the checkpoint can be checked."""
+        rows = self._close(loss_per_sample, loss_weight, micro_batch=0)
+        num_samples = len(rows["ids"])
+        rows |= _constant(
+            num_samples, step=self.last_step + 1, learning_rate=0.0, clip_coefficient=0.0, samples_in_step=num_samples
+        )
+        self._append([rows], kind="probe")
+        self._occurrences.clear()
+
+    def has_probe(self) -> bool:
+        """Tell whether the step after the last one was probed already."""
+        return self._parts.has_probe(self.last_step + 1)
+
+    def save(
+        self,
+        model: Any,
+        *,
+        ema: Any = None,
+        resume_tensors: dict[str, dict[str, Tensor]] | None = None,
+        resume_state: dict[str, Any] | None = None,
+    ) -> Checkpoint:
+        """Close the part and write a checkpoint of the model as it is after the steps so far.
+
+        Raises:
+            RecordError: If called in the middle of an optimizer step.
+        """
+        if self._open is not None or self._step_rows:
+            raise RecordError("save() was called in the middle of an optimizer step; call step() first.")
+        if self._part_rows:
+            self._append(self._part_rows)
+            self._part_rows = []
+        return save_checkpoint(
+            self.folder / "checkpoints",
+            self.last_step,
+            model,
+            self.scheduler,
+            ema=ema,
+            resume_tensors=resume_tensors,
+            resume_state=resume_state,
+        )
+
+    def close(self) -> None:
+        """Let other processes record into the folder."""
+        self._lock.release()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _claim_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except filelock.Timeout as error:
+            raise InUseError(f"Another process is training into {self.folder}. Wait for it, or choose a new folder.") from error
+
+    def _open_parts(self, resume_from: int | None, rank: int) -> PartWriter:
+        folder = self.folder / "record"
+        folder.mkdir(exist_ok=True)
+        if (folder / "manifest.json").exists():
+            if resume_from is None:
+                raise RecordError(
+                    f"{folder} already holds a record. Give resume_from=<step of the checkpoint you go on from>, or choose "
+                    "a new folder; nothing is overwritten."
+                )
+            _check_same_settings(folder, read_manifest(folder), self.manifest)
+        else:
+            write_json(folder / "manifest.json", self.manifest)
+        parts = PartWriter(folder, rank)
+        parts.rewind(resume_from or 0)
+        if parts.last_step != (resume_from or 0):
+            raise RecordError(
+                f"The record in {folder} ends at step {parts.last_step}, before the checkpoint of step {resume_from}. "
+                "Go on from an earlier checkpoint."
+            )
+        return parts
+
+    def _keys(self, sample_ids: Sequence[str]) -> list[int]:
+        step = self.last_step + 1
+        seen = self._occurrences.copy()
+        keys = []
+        for sample_id in sample_ids:
+            keys.append(noise_key(self.seed, "record", "train", sample_id, step, occurrence=seen[sample_id]))
+            seen[sample_id] += 1
+        return keys
+
+    def _close(self, loss_per_sample: Tensor, loss_weight: Tensor | None, micro_batch: int) -> dict[str, Any]:
+        if self._open is None:
+            raise RecordError("There is no pass to close; call draw() first, once for each forward pass.")
+        num_samples = len(self._open["ids"])
+        if loss_per_sample.shape != (num_samples,):
+            raise RecordError(
+                f"The losses must be one per sample, of shape ({num_samples},); found {tuple(loss_per_sample.shape)}. "
+                "Average over the elements of each sample, not over the batch."
+            )
+        losses = loss_per_sample.detach().float().cpu()
+        if not losses.isfinite().all():
+            bad = [i for i, ok in zip(self._open["ids"], losses.isfinite().tolist(), strict=True) if not ok]
+            raise NumericsError(
+                f"The loss is not finite at step {self.last_step + 1} for sample {', '.join(bad[:5])}. "
+                "Lower the learning rate, or look at these images."
+            )
+        weights = torch.ones(num_samples) if loss_weight is None else loss_weight.detach().float().cpu()
+        rows = self._open | _constant(num_samples, micro_batch=micro_batch)
+        rows |= {"slot": list(range(num_samples)), "loss": losses.tolist(), "loss_weight": weights.tolist()}
+        self._open = None
+        return rows
+
+    def _clip_coefficient(self, grad_norm: Tensor | float | None) -> float:
+        """Repeat what ``torch.nn.utils.clip_grad_norm_`` multiplied the gradients with."""
+        if grad_norm is None:
+            return 1.0
+        if self.max_grad_norm is None:
+            raise RecordError(
+                "step() got a gradient norm but does not know to what it is clipped. Make the Recorder with "
+                "max_grad_norm=..., or leave the gradient norm out if you do not clip."
+            )
+        return min(1.0, float(self.max_grad_norm) / (float(grad_norm) + 1e-6))
+
+    def _append(self, passes: list[dict[str, Any]], kind: str = "visits") -> None:
+        columns = {name: [v for rows in passes for v in rows[name]] for name in passes[0] if name != "ids"}
+        self._parts.append(columns, [i for rows in passes for i in rows["ids"]], kind)
+
+
+def flip_where(images: Float[Tensor, "event *shape"], flips: Bool[Tensor, " event"]) -> Float[Tensor, "event *shape"]:
+    """Mirror the images left to right where ``flips`` is True."""
+    where = flips.to(images.device).view(-1, *(1,) * (images.ndim - 1))
+    return torch.where(where, images.flip(-1), images)
+
+
+def _check_same_settings(folder: Path, found: dict[str, Any], want: dict[str, Any]) -> None:
+    """Versions may differ; anything else makes another training."""
+    flat_found, flat_want = _flat(found), _flat(want)
+    keys = [k for k in sorted(flat_found.keys() | flat_want.keys()) if not k.startswith("versions.")]
+    differences = [
+        f"{k} is {flat_found.get(k)!r} in the record, {flat_want.get(k)!r} now"
+        for k in keys
+        if flat_found.get(k) != flat_want.get(k)
+    ]
+    if differences:
+        raise RecordError(
+            f"{folder} was made with other settings: {'; '.join(differences[:5])}. Go on with the recorded settings, or "
+            "choose a new folder."
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix[:-1]: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
+
+
+def _constant(count: int, **values: Any) -> dict[str, list[Any]]:
+    return {name: [value] * count for name, value in values.items()}
+
+
+def _first(*values: Any) -> Any:
+    return next((v for v in values if v is not None), None)
+
+
+def _known_loss(name: str) -> str:
+    if name not in get_args(LossName):
+        raise RecordError(f"Unknown loss {name!r}; known are {', '.join(get_args(LossName))}.")
+    return name
+
+
+def _as_ids(ids: Iterable[Any]) -> list[str]:
+    return [str(i) for i in (ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids)]
+
+
+def _plain(value: Any) -> Any:
+    """Turn settings into what JSON can hold; anything else becomes its text."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    kept = isinstance(value, str | int | bool | None) or (isinstance(value, float) and math.isfinite(value))
+    return value if kept else str(value)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("whence", "torch", "diffusers", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # running from a source tree that was never installed
+            versions[package] = "unknown"
+    return versions

@@ -1,0 +1,175 @@
+"""Scores: query x train matrices with what made them, on disk and in memory.
+
+    scores/<method>-<hash>/manifest.json        method, plans, weights, checkpoints, ids, checksum; fixed when written
+    scores/<method>-<hash>/scores.safetensors   the arrays below
+
+Positive means: training on this sample lowers the query's measure (a proponent). This module needs no torch and no
+model, so that pages and notebooks open scores anywhere. Axes are named query, train, phase (bin of query timesteps, from
+least noise to most), half (of the noise draws), checkpoint and timestep.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from whence._files import publish_folder, sha256_of_file, write_json
+from whence.errors import ScoresError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TopEntry:
+    """One training sample in the ranking of one query; ``rank`` counts from 1."""
+
+    rank: int
+    train_id: str
+    train_row: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Influence of every training sample on every query by one method.
+
+    Optional arrays are None where a method has no such thing (raw pixels have no timesteps).
+    """
+
+    method: str
+    query_ids: tuple[str, ...]
+    train_ids: tuple[str, ...]
+    values: Float[ndarray, "query train"]
+    """The scores. Their unit depends on the method; compare within one query."""
+    phases: Float[ndarray, "query phase train"] | None = None
+    """The same scores by bin of query timesteps; they add up to ``values``."""
+    phase_timesteps: tuple[tuple[int, int], ...] = ()
+    """First and last query timestep of each phase."""
+    halves: Float[ndarray, "half query train"] | None = None
+    """Scores from the first and from the second half of the noise draws alone."""
+    train_norms: Float[ndarray, "checkpoint train"] | None = None
+    """Length of each sample's gradient; the root of the mean square where it has several visits. NaN: not visited."""
+    train_timesteps: Int[ndarray, "checkpoint train"] | None = None
+    """Timestep at which the sample was (last) trained before the checkpoint; -1: not visited."""
+    train_weights: Float[ndarray, "checkpoint train"] | None = None
+    """Weight of each sample at each checkpoint."""
+    query_norms: Float[ndarray, "checkpoint query timestep"] | None = None
+    """Length of each query's gradient, averaged over its noise draws, at each timestep of the grid."""
+    query_timesteps: Int[ndarray, " timestep"] | None = None
+    """The query grid."""
+    checkpoint_steps: tuple[int, ...] = ()
+    """Optimizer steps at which the checkpoints were written."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """The method's declaration, the settings, hashes of checkpoints and data, counts, and ``notes``."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader has to know: substitutions, samples without a visit, zero gradients."""
+        return list(self.details.get("notes", []))
+
+    def top(self, query_row: int, k: int = 10, *, proponents: bool = True) -> list[TopEntry]:
+        """Rank the training samples of one query, strongest first; ties go to the lower row.
+
+        Args:
+            query_row: Row of the query.
+            k: How many; fewer where the training set is smaller.
+            proponents: The largest scores; False: the smallest (opponents), most negative first.
+
+        Returns:
+            Entries in order of rank.
+        """
+        keys = -self.values[query_row] if proponents else self.values[query_row]
+        rows = np.argsort(keys, kind="stable")[:k]
+        return [
+            TopEntry(rank, self.train_ids[row], int(row), float(self.values[query_row, row]))
+            for rank, row in enumerate(rows, start=1)
+        ]
+
+    def top_rows(self, k: int) -> Int[ndarray, "query k"]:
+        """Rows of the ``k`` largest scores of every query, strongest first; ties go to the lower row."""
+        return np.argsort(-self.values, axis=1, kind="stable")[:, :k]
+
+    def reliability(self) -> Float[ndarray, " query"] | None:
+        """Split-half reliability of each query's scores over its noise draws.
+
+        The correlation r of the two halves over the training set, stepped up to the full number of draws by the
+        Spearman-Brown formula 2r / (1 + r).
+
+        Returns:
+            At most 1, one per query; NaN where a half is constant or r is -1; None where no halves were kept.
+        """
+        if self.halves is None:
+            return None
+        first, second = self.halves - self.halves.mean(axis=-1, keepdims=True)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            r = (first * second).sum(-1) / np.sqrt((first**2).sum(-1) * (second**2).sum(-1))
+            return 2 * r / (1 + r)
+
+    def save(self, folder: Path) -> None:
+        """Write to ``folder``, which appears whole or not at all."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
+        with publish_folder(folder) as partial:
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial / _FILE)
+            write_json(
+                partial / "manifest.json",
+                {
+                    "format_version": FORMAT_VERSION,
+                    "method": self.method,
+                    "arrays": {name: {"shape": a.shape, "dtype": str(a.dtype)} for name, a in arrays.items()},
+                    "sha256": sha256_of_file(partial / _FILE),
+                    "checkpoint_steps": self.checkpoint_steps,
+                    "phase_timesteps": self.phase_timesteps,
+                    "details": self.details,
+                    "query_ids": self.query_ids,
+                    "train_ids": self.train_ids,
+                },
+            )
+
+    @classmethod
+    def load(cls, folder: Path) -> "Scores":
+        """Read scores and check them against their manifest.
+
+        Raises:
+            ScoresError: If a file is missing or damaged, or the format is newer than this version reads.
+        """
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ScoresError(
+                f"{folder} holds no readable scores ({error}). A folder of scores has a manifest.json and a {_FILE}; "
+                "make them with `whence trace`."
+            ) from error
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise ScoresError(
+                f"{folder} has format version {manifest.get('format_version')}; this version of whence reads "
+                f"{FORMAT_VERSION}. Open it with the version that wrote it, or trace again."
+            )
+        try:
+            found = sha256_of_file(folder / _FILE)
+            if found != manifest["sha256"]:
+                raise ScoresError(
+                    f"{folder / _FILE} is damaged: its SHA-256 is {found[:12]}…, the manifest says "
+                    f"{manifest['sha256'][:12]}…. Delete the folder and trace again."
+                )
+            arrays = load_file(folder / _FILE)
+        except (OSError, SafetensorError) as error:
+            raise ScoresError(f"{folder / _FILE} cannot be read: {error}. Delete the folder and trace again.") from error
+        return cls(
+            method=manifest["method"],
+            query_ids=tuple(manifest["query_ids"]),
+            train_ids=tuple(manifest["train_ids"]),
+            phase_timesteps=tuple((first, last) for first, last in manifest["phase_timesteps"]),
+            checkpoint_steps=tuple(manifest["checkpoint_steps"]),
+            details=manifest["details"],
+            **arrays,
+        )
+
+
+_FILE = "scores.safetensors"
+_ARRAYS = ("values", "phases", "halves", "train_norms", "train_timesteps", "train_weights", "query_norms", "query_timesteps")

@@ -1,0 +1,309 @@
+"""Training of a small diffusion model with an exact record.
+
+Everything random is a function of the settings' seed and of the step, so a run that was killed goes on from its last
+checkpoint to the same bytes. The optimizer step over a batch of n samples follows the mean of their losses.
+"""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from whence.checkpoints import Checkpoint, check_files, list_checkpoints, load_model
+from whence.config import ModelSettings, TrainingSettings
+from whence.data import ImageData
+from whence.diffusion.adapters import check_model, predict
+from whence.diffusion.noise import keyed_order
+from whence.diffusion.objectives import sample_loss
+from whence.diffusion.process import NoiseProcess
+from whence.errors import CheckpointError, ConfigError
+from whence.progress import progress_bar
+from whence.recorder import Recorder
+
+
+def make_model(settings: ModelSettings, data: ImageData, seed: int) -> Any:
+    """Make a ``diffusers.UNet2DModel`` with weights that depend on the seed alone.
+
+    Raises:
+        ConfigError: If the images cannot be halved once per level, or widths do not fit the norm groups.
+    """
+    import diffusers
+
+    levels = len(settings.widths)
+    factor = 2 ** (levels - 1)
+    if data.height % factor or data.width % factor:
+        raise ConfigError(
+            f"A model of {levels} levels halves its images {levels - 1} times, so their sides must be multiples of {factor}; "
+            f"found {data.width} x {data.height} pixels. Set another --resolution or fewer --widths."
+        )
+    if any(width % settings.norm_groups for width in settings.widths):
+        raise ConfigError(f"Each width in {settings.widths} must be a multiple of norm_groups = {settings.norm_groups}.")
+    if not 0 <= settings.attention_levels <= levels:
+        raise ConfigError(f"attention_levels must be 0 to {levels}, the number of widths; found {settings.attention_levels}.")
+    attention = [level >= levels - settings.attention_levels for level in range(levels)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return diffusers.UNet2DModel(
+            sample_size=(data.height, data.width),
+            in_channels=data.channels,
+            out_channels=data.channels,
+            layers_per_block=settings.layers_per_block,
+            block_out_channels=settings.widths,
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+            norm_num_groups=settings.norm_groups,
+            dropout=settings.dropout,
+            add_attention=settings.attention_levels > 0,
+        )
+
+
+def make_scheduler(settings: ModelSettings) -> Any:
+    """Make the ``diffusers.DDPMScheduler`` of a model."""
+    import diffusers
+
+    return diffusers.DDPMScheduler(
+        num_train_timesteps=settings.train_timesteps,
+        beta_schedule=settings.beta_schedule,
+        prediction_type=settings.prediction_type,
+    )
+
+
+def checkpoint_steps(num_images: int, settings: TrainingSettings) -> list[int]:
+    """Give the optimizer steps after which checkpoints are written: ends of epochs, spread evenly.
+
+    Raises:
+        ConfigError: If there are more checkpoints than epochs, so that some interval would hold no whole epoch.
+
+    Example:
+        >>> checkpoint_steps(10, TrainingSettings(epochs=6, batch_size=4, checkpoints=2))
+        [9, 18]
+    """
+    if not 1 <= settings.checkpoints <= settings.epochs:
+        raise ConfigError(
+            f"checkpoints must be 1 to {settings.epochs}, the number of epochs, so that every image is visited between "
+            f"two of them; found {settings.checkpoints}."
+        )
+    epochs = [round(k * settings.epochs / settings.checkpoints) for k in range(1, settings.checkpoints + 1)]
+    return [epoch * _steps_per_epoch(num_images, settings) for epoch in epochs]
+
+
+def train(
+    folder: Path,
+    data: ImageData,
+    model_settings: ModelSettings,
+    settings: TrainingSettings,
+    *,
+    device: str = "cpu",
+    show_progress: bool = True,
+) -> Checkpoint:
+    """Train with a record, or go on with a training that was interrupted.
+
+    Args:
+        folder: The run.
+        data: Training images.
+        model_settings: Architecture and noise schedule.
+        settings: Optimizer, schedule, length, seed.
+        device: Torch device.
+        show_progress: Show a progress bar.
+
+    Returns:
+        The last checkpoint.
+
+    Raises:
+        ConfigError: If settings contradict each other.
+        RecordError: If the folder holds a record made with other settings or other images.
+    """
+    _check_settings(settings, device)
+    stops = checkpoint_steps(len(data), settings)
+    model = make_model(model_settings, data, settings.seed).to(device)
+    loop = _Loop(folder, data, model, make_scheduler(model_settings), settings, stops[-1], device)
+    with loop.recorder, torch.random.fork_rng(devices=[]), progress_bar("train", stops[-1], "step", shown=show_progress) as bar:
+        torch.manual_seed(settings.seed)
+        checkpoint = loop.resume()
+        bar.update(loop.recorder.last_step)
+        while loop.recorder.last_step < stops[-1]:
+            mean_loss = loop.step()
+            bar.update()
+            bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+            if loop.recorder.last_step in stops:
+                checkpoint = loop.save()
+        loop.probe()
+    assert checkpoint is not None  # the last step is one of the stops
+    return checkpoint
+
+
+class _Loop:
+    """One training in progress: what an optimizer step changes, and how it is put away and fetched again."""
+
+    def __init__(
+        self, folder: Path, data: ImageData, model: Any, scheduler: Any, settings: TrainingSettings, steps: int, device: str
+    ):
+        from diffusers.optimization import get_scheduler
+
+        check_model(model)
+        self.folder = folder
+        self.data = data
+        self.model = model.train()
+        self.settings = settings
+        self.device = device
+        self.process = NoiseProcess.from_scheduler(scheduler)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            weight_decay=settings.weight_decay,
+        )
+        name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+        self.learning_rates = get_scheduler(
+            name, self.optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=steps
+        )
+        self.scaler = torch.amp.GradScaler(device, enabled=settings.mixed_precision == "fp16")
+        self.ema = _make_ema(model, settings.ema_decay)
+        self.last = _last_checkpoint(folder)
+        self.recorder = Recorder(
+            folder,
+            scheduler=scheduler,
+            optimizer=self.optimizer,
+            config=settings,
+            data_fingerprint=data.fingerprint,
+            resume_from=_step_to_resume(folder, self.last),
+        )
+
+    def step(self) -> float:
+        """Take one optimizer step; return its mean loss."""
+        rows = self._rows_of_step(self.recorder.last_step + 1)
+        micro_batches = list(rows.split(self.settings.micro_batch_size or len(rows)))
+        losses = []
+        for micro_batch in micro_batches:
+            loss = self._losses(micro_batch)
+            self.scaler.scale(loss.sum() / len(rows)).backward()
+            losses.append(loss.detach())
+            if len(losses) < len(micro_batches):
+                self.recorder.accumulate(loss)
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.recorder.step(losses[-1], grad_norm, skipped=self.scaler.get_scale() < scale)
+        self.learning_rates.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.step(self.model.parameters())
+        return float(torch.cat(losses).mean())
+
+    def probe(self) -> None:
+        """Record one more forward pass, so that the last checkpoint can be checked too."""
+        if not self.recorder.has_probe():
+            with torch.no_grad():
+                self.recorder.probe(self._losses(self._rows_of_step(self.recorder.last_step + 1)))
+
+    def save(self) -> Checkpoint:
+        """Write a checkpoint that training can go on from."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        optimizer = {
+            f"{field}.{names[p]}": value.contiguous()
+            for p, state in self.optimizer.state.items()
+            for field, value in state.items()
+        }
+        return self.recorder.save(
+            self.model,
+            ema=self.ema,
+            resume_tensors={"optimizer": optimizer, "rng": {"torch": torch.get_rng_state()}},
+            resume_state={"learning_rates": self.learning_rates.state_dict(), "scaler": self.scaler.state_dict()},
+        )
+
+    def resume(self) -> Checkpoint | None:
+        """Fetch the state of the last checkpoint, if there is one."""
+        if self.last is None:
+            return None
+        from safetensors.torch import load_file
+
+        check_files(self.last)
+        folder = self.last.folder / "resume"
+        self.model.load_state_dict(load_model(self.last).state_dict())
+        parameters = dict(self.model.named_parameters())
+        for key, value in load_file(folder / "optimizer.safetensors", device=self.device).items():
+            field, name = key.split(".", maxsplit=1)
+            # AdamW keeps its step count on the CPU, whatever the device of the weights.
+            self.optimizer.state[parameters[name]][field] = value.cpu() if field == "step" else value
+        state = json.loads((folder / "state.json").read_text())
+        self.learning_rates.load_state_dict(state["learning_rates"])
+        for group, rate in zip(self.optimizer.param_groups, self.learning_rates.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(load_file(folder / "rng.safetensors")["torch"])
+        if self.ema is not None:
+            from diffusers.training_utils import EMAModel
+
+            saved = EMAModel.from_pretrained(self.last.weights_folder("ema"), type(self.model))
+            self.ema.load_state_dict(saved.state_dict())
+            self.ema.to(self.device)
+        return self.last
+
+    def _losses(self, rows: Tensor) -> Float[Tensor, " event"]:
+        ids = [self.data.ids[row] for row in rows.tolist()]
+        clean = torch.from_numpy(self.data.pixels(rows.tolist())).to(self.device)
+        if self.settings.random_flip:
+            clean = self.recorder.flip(ids, clean)
+        noise, timesteps = self.recorder.draw(ids, like=clean)
+        with autocast(self.settings.mixed_precision, self.device):
+            prediction = predict(self.model, self.process.add_noise(clean, noise, timesteps), timesteps)
+        return sample_loss(prediction.float(), self.process.target(clean, noise, timesteps), self.settings.loss)
+
+    def _rows_of_step(self, step: int) -> Tensor:
+        """Cut the epoch's order into batches; the last one holds the rest."""
+        epoch, batch = divmod(step - 1, _steps_per_epoch(len(self.data), self.settings))
+        order = torch.from_numpy(keyed_order(self.settings.seed, epoch, len(self.data)))
+        return order[batch * self.settings.batch_size :][: self.settings.batch_size]
+
+
+def autocast(mixed_precision: str, device: str) -> Any:
+    """Give the context in which a training with this precision runs its forward passes."""
+    if mixed_precision == "no":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, torch.bfloat16 if mixed_precision == "bf16" else torch.float16)
+
+
+def _steps_per_epoch(num_images: int, settings: TrainingSettings) -> int:
+    return -(-num_images // settings.batch_size)
+
+
+def _make_ema(model: Any, decay: float | None) -> Any:
+    if decay is None:
+        return None
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(model.parameters(), decay=decay, model_cls=type(model), model_config=model.config)
+
+
+def _last_checkpoint(folder: Path) -> Checkpoint | None:
+    try:
+        found = list_checkpoints(folder / "checkpoints")
+    except CheckpointError:
+        return None  # a new run, or one that was killed before its first checkpoint
+    return found[-1]
+
+
+def _step_to_resume(folder: Path, last: Checkpoint | None) -> int | None:
+    if not (folder / "record" / "manifest.json").exists():
+        return None
+    return last.step if last else 0
+
+
+def _check_settings(settings: TrainingSettings, device: str) -> None:
+    positive = ("epochs", "batch_size", "checkpoints", "learning_rate", "max_grad_norm")
+    faults = [f"{name} must be above 0, found {getattr(settings, name)}" for name in positive if getattr(settings, name) <= 0]
+    if settings.micro_batch_size is not None and not 0 < settings.micro_batch_size <= settings.batch_size:
+        faults.append(f"micro_batch_size must be 1 to batch_size = {settings.batch_size}, found {settings.micro_batch_size}")
+    if settings.ema_decay is not None and not 0 < settings.ema_decay < 1:
+        faults.append(f"ema_decay must lie between 0 and 1, found {settings.ema_decay}")
+    if settings.mixed_precision == "fp16" and torch.device(device).type == "cpu":
+        faults.append("mixed_precision fp16 needs a GPU; use bf16 or no on the CPU")
+    if faults:
+        raise ConfigError("; ".join(faults) + ".")
+

@@ -1,0 +1,81 @@
+"""Slow and plain: the formulas of the papers, one event at a time, with whole gradients from autograd.
+
+Everything fast is compared with this. It shares with the library only the record's columns and the noise of a key, and
+reads the noise schedule off the diffusers scheduler.
+"""
+
+import numpy as np
+import torch
+
+from whence.diffusion.noise import noise_key, normals
+
+
+def gradient(model, scheduler, image, timestep, noise, loss="mse"):
+    """Gradient of the loss of one event over all trainable parameters, as one vector."""
+    alpha_bar = scheduler.alphas_cumprod.double()[timestep]
+    dtype = next(model.parameters()).dtype
+    clean = torch.as_tensor(image)[None].to(dtype)
+    noise = torch.as_tensor(noise)[None].to(dtype)
+    noisy = (alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise).to(dtype)
+    target = {
+        "epsilon": noise,
+        "sample": clean,
+        "v_prediction": alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean,
+    }[scheduler.config.prediction_type]
+    error = model(noisy, torch.tensor([timestep])).sample - target
+    value = error.abs().mean() if loss == "l1" else error.square().mean()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)]).detach()
+
+
+def grid(num_timesteps, count):
+    """``count`` timesteps from 1 to T - 1, rounded; one alone is the middle."""
+    if count == 1:
+        return [num_timesteps // 2]
+    return [round(t) for t in np.linspace(1, num_timesteps - 1, count)]
+
+
+def query_gradients(model, scheduler, image, sample_id, timesteps, draws, loss="mse", seed=0, side="query"):
+    """Mean gradient over the draws at each timestep of the grid: METHODS 1.1, inner mean."""
+    means = []
+    for t in grid(scheduler.config.num_train_timesteps, timesteps):
+        keys = [noise_key(seed, "grid", side, sample_id, t, draw) for draw in range(draws)]
+        draws_of_t = [gradient(model, scheduler, image, t, normals(key, image.shape), loss) for key in keys]
+        means.append(torch.stack(draws_of_t).mean(0))
+    return torch.stack(means)
+
+
+def visits_between(record, sample_id, after, upto):
+    """Rows of the record of one sample, steps after+1..upto, in order."""
+    sample = record.sample_ids.index(sample_id)
+    return [
+        v for v in range(len(record.visits)) if record.visits.sample[v] == sample and after < record.visits.step[v] <= upto
+    ]
+
+
+def replay_scores(models, steps, scheduler, record, train, queries, *, normalise, replay, timesteps, draws, loss="mse"):
+    """Diffusion-TracIn, or Diffusion-ReTrac where ``normalise``: one training event and one query at a time."""
+    scores = np.zeros((len(queries), len(train)))
+    visits = record.visits
+    for model, after, upto in zip(models, [0, *steps], steps, strict=False):
+        queried = []
+        for image, query_id in zip(queries.pixels(range(len(queries))), queries.ids, strict=True):
+            per_timestep = query_gradients(model, scheduler, image, query_id, timesteps, draws, loss)
+            if normalise:
+                per_timestep = per_timestep / per_timestep.norm(dim=1, keepdim=True)
+            queried.append(per_timestep.mean(0))
+        for row, sample_id in enumerate(train.ids):
+            mine = visits_between(record, sample_id, after, upto)
+            weights = [
+                visits.learning_rate[v] * visits.clip_coefficient[v] / visits.samples_in_step[v] for v in mine
+            ]
+            if replay == "last":
+                mine, weights = mine[-1:], [sum(weights)]
+            for v, weight in zip(mine, weights, strict=True):
+                image = train.pixels([row])[0]
+                image = image[..., ::-1].copy() if visits.flip[v] else image
+                noise = normals(int(visits.noise_key[v]), image.shape)
+                g = gradient(model, scheduler, image, int(visits.model_time[v]), noise, loss)
+                g = g / g.norm() if normalise else g
+                scores[:, row] += [weight * float(g @ q) for q in queried]
+    return scores

@@ -1,0 +1,238 @@
+"""Scores against the batch-of-one reference, and the identities that they must keep."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from reference import query_gradients, replay_scores
+from scipy.stats import spearmanr
+
+from whence.attribution import Subject, declare, trace
+from whence.checkpoints import list_checkpoints, load_model, load_scheduler
+from whence.config import TraceSettings
+from whence.data import ImageData
+from whence.errors import CheckpointError, ConfigError
+from whence.methods import GRAD_COS, GRAD_DOT, PIXELS, RANDOM, RETRAC, TRACIN
+from whence.record import Record
+
+SETTINGS = TraceSettings(timesteps=5, draws=4, phases=2, train_timesteps=3, train_draws=2, batch_size=8, block_size=4, dtype="float64")
+
+
+@pytest.fixture(scope="module")
+def subject(toy_run, toy_train):
+    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
+
+
+@pytest.fixture(scope="module")
+def scores(subject, toy_queries, tmp_path_factory):
+    methods = [TRACIN, RETRAC, GRAD_DOT, GRAD_COS, PIXELS, RANDOM]
+    return trace(subject, toy_queries, methods, SETTINGS, tmp_path_factory.mktemp("scores"), show_progress=False)
+
+
+def reference(subject, queries, *, normalise, replay="last"):
+    models = [load_model(c).double() for c in subject.checkpoints]
+    return replay_scores(
+        models,
+        [c.step for c in subject.checkpoints],
+        load_scheduler(subject.checkpoints[-1]),
+        subject.record,
+        subject.train,
+        queries,
+        normalise=normalise,
+        replay=replay,
+        timesteps=SETTINGS.timesteps,
+        draws=SETTINGS.draws,
+    )
+
+
+@pytest.mark.parametrize("method", [TRACIN, RETRAC])
+@pytest.mark.parametrize("replay", ["last", "all"])
+def test_replayed_scores_are_those_of_the_papers_formula(subject, toy_queries, tmp_path, method, replay):
+    settings = replace(SETTINGS, replay=replay)
+    found = trace(subject, toy_queries, [method], settings, tmp_path, show_progress=False)[method.name]
+    want = reference(subject, toy_queries, normalise=method is RETRAC, replay=replay)
+    np.testing.assert_allclose(found.values, want, rtol=1e-6, atol=1e-9 * np.abs(want).max())
+    for ours, theirs in zip(found.values, want, strict=True):
+        assert spearmanr(ours, theirs).statistic > 0.9999
+
+
+def test_float32_scores_are_within_the_promised_rounding(subject, toy_queries, scores, tmp_path):
+    single = trace(subject, toy_queries, [RETRAC], replace(SETTINGS, dtype="float32"), tmp_path, show_progress=False)["retrac"]
+    # Every product is of two vectors of length at most 1, so the bound is 1e-5 of the sum of the weights.
+    bound = 1e-5 * scores["retrac"].train_weights.sum(0)
+    assert (np.abs(single.values - scores["retrac"].values) <= bound).all()
+
+
+def test_gradient_similarity_is_that_of_mean_gradients_at_the_last_checkpoint(subject, toy_queries, scores):
+    model = load_model(subject.checkpoints[-1]).double()
+    scheduler = load_scheduler(subject.checkpoints[-1])
+
+    def means(images, side, timesteps, draws):
+        return torch.stack(
+            [
+                query_gradients(model, scheduler, pixels, i, timesteps, draws, side=side).mean(0)
+                for pixels, i in zip(images.pixels(range(len(images))), images.ids, strict=True)
+            ]
+        )
+
+    train = means(subject.train, "train", SETTINGS.train_timesteps, SETTINGS.train_draws)
+    query = means(toy_queries, "query", SETTINGS.timesteps, SETTINGS.draws)
+    dot = (query @ train.T).numpy()
+    np.testing.assert_allclose(scores["grad-dot"].values, dot, rtol=1e-6, atol=1e-12)
+    cosine = dot / np.outer(query.norm(dim=1), train.norm(dim=1))
+    np.testing.assert_allclose(scores["grad-cos"].values, cosine, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tracin", "retrac", "grad-dot", "grad-cos"])
+def test_phases_add_up_to_the_scores(scores, name):
+    np.testing.assert_allclose(scores[name].phases.sum(1), scores[name].values, rtol=1e-12)
+
+
+def test_halves_of_tracin_average_to_the_scores(scores):
+    np.testing.assert_allclose(scores["tracin"].halves.mean(0), scores["tracin"].values, rtol=1e-9)
+
+
+@pytest.mark.parametrize("batch_size, block_size", [(4, 3), (64, 100)])
+def test_scores_do_not_depend_on_batch_or_block_size(subject, toy_queries, scores, tmp_path, batch_size, block_size):
+    settings = replace(SETTINGS, batch_size=batch_size, block_size=block_size, query_memory_gib=1e-9)
+    others = trace(subject, toy_queries, [TRACIN, RETRAC, GRAD_COS], settings, tmp_path, show_progress=False)
+    for name, other in others.items():
+        np.testing.assert_allclose(other.values, scores[name].values, rtol=1e-9, atol=1e-15)
+        np.testing.assert_allclose(other.halves, scores[name].halves, rtol=1e-9, atol=1e-15)
+        np.testing.assert_allclose(other.query_norms, scores[name].query_norms, rtol=1e-9)
+
+
+def test_permuting_the_training_images_permutes_the_scores(toy_run, toy_train, toy_queries, scores, tmp_path):
+    order = [3, 1, 4, 9, 5, 2, 6, 8, 7, 0]
+    permuted = ImageData.from_arrays(toy_train.pixels(order), [toy_train.ids[row] for row in order])
+    record = Record.open(toy_run / "record")
+    record.manifest["data_fingerprint"] = permuted.fingerprint  # the order is part of the fingerprint
+    subject = Subject(list_checkpoints(toy_run), permuted, record, "mse")
+    found = trace(subject, toy_queries, [RETRAC], SETTINGS, tmp_path, show_progress=False)["retrac"]
+    np.testing.assert_allclose(found.values, scores["retrac"].values[:, order], rtol=1e-9)
+
+
+def test_retrac_of_an_event_with_itself_is_the_sum_of_weights(subject):
+    """Matched timestep and noise on both sides: the cosine is 1 at every checkpoint (METHODS 6.10)."""
+    from whence.methods import Replay
+
+    for checkpoint, after in zip(subject.checkpoints, [0, subject.checkpoints[0].step], strict=True):
+        source = subject.source(checkpoint, SETTINGS)
+        table = subject.replays.events(after, checkpoint.step, Replay("last"), "learning_rate")
+        for event in range(3):
+            one = table.take(slice(event, event + 1))
+            vectors = whole_gradient(source, one, subject.train)
+            dots, norms = source.dots(one, subject.train, vectors, lambda n: None)
+            assert dots[0, 0] / norms[0] / float(vectors.norm()) == pytest.approx(1.0, abs=1e-12)
+
+
+def whole_gradient(source, table, images):
+    from whence.engine.sinks import GatherSink
+
+    sink = GatherSink(source.layout, 1, next(source.model.parameters()))
+    source._backward(table, images, 1, 1.0, [sink])
+    return sink.rows
+
+
+def test_scaling_the_loss_scales_tracin_and_leaves_retrac(subject, toy_queries, scores, tmp_path):
+    visits = subject.record.visits
+    is_third = visits.sample == subject.record.sample_ids.index("train-3")
+    weights = np.where(is_third, 10.0, 1.0).astype(np.float32)
+    scaled = replace(subject, record=replace(subject.record, visits=replace(visits, loss_weight=weights)))
+    found = trace(scaled, toy_queries, [TRACIN, RETRAC], SETTINGS, tmp_path, show_progress=False)
+    np.testing.assert_allclose(found["tracin"].values[:, 3], 10 * scores["tracin"].values[:, 3], rtol=1e-6)
+    np.testing.assert_allclose(found["retrac"].values[:, 3], scores["retrac"].values[:, 3], rtol=1e-6)
+    np.testing.assert_allclose(found["tracin"].values[:, 4], scores["tracin"].values[:, 4], rtol=1e-9)
+
+
+def test_one_step_on_a_sample_lowers_the_query_loss_by_its_tracin_score(subject, toy_queries):
+    """First order: a step of SGD on sample i alone changes the query's loss by minus the score."""
+    checkpoint = subject.checkpoints[-1]
+    source = subject.source(checkpoint, SETTINGS)
+    (query,) = source.grid_vectors(
+        toy_queries, [0], "query", TRACIN.query.events.__class__(5, 4), ["none"], phases=1, halves=False, seed=0, update=lambda n: None
+    )
+    table = subject.replays.events(0, checkpoint.step, TRACIN.train.events, "learning_rate").take(slice(2, 3))
+    dots, _ = source.dots(table, subject.train, query.vectors, lambda n: None)
+    learning_rate = 1e-6
+    before = mean_loss(source, toy_queries)
+    with torch.no_grad():
+        step = whole_gradient(source, table, subject.train)[0]
+        for name, parameter in source.capture.parameters.items():
+            parameter -= learning_rate * step[source.layout.spans[name]].view_as(parameter)
+    assert before - mean_loss(source, toy_queries) == pytest.approx(learning_rate * dots[0, 0], rel=1e-3)
+
+
+def mean_loss(source, queries):
+    from whence.events import grid_events
+    from whence.methods import Grid
+
+    table = grid_events(queries, [0], "query", Grid(5, 4), source.process.num_timesteps, 0)
+    with torch.no_grad():
+        return float(source._outputs(table, queries).mean())
+
+
+def test_without_a_record_the_training_side_is_a_grid_and_says_so(subject, toy_queries, tmp_path):
+    foreign = replace(subject, record=None)
+    found = trace(foreign, toy_queries, [RETRAC], SETTINGS, tmp_path, show_progress=False)["retrac"]
+    assert "no record of training" in found.notes[0]
+    assert found.train_timesteps is None
+    model = load_model(subject.checkpoints[0]).double()
+    scheduler = load_scheduler(subject.checkpoints[0])
+
+    def unit_mean(images, row, side, timesteps, draws):
+        g = query_gradients(model, scheduler, images.pixels([row])[0], images.ids[row], timesteps, draws, side=side)
+        return (g / g.norm(dim=1, keepdim=True)).mean(0)
+
+    first = replace(foreign, checkpoints=subject.checkpoints[:1])
+    alone = trace(first, toy_queries, [RETRAC], SETTINGS, tmp_path, show_progress=False)["retrac"]
+    want = float(unit_mean(toy_queries, 1, "query", 5, 4) @ unit_mean(subject.train, 7, "train", 3, 2))
+    assert alone.values[1, 7] == pytest.approx(want, rel=1e-6)
+
+
+def test_scores_on_disk_are_not_computed_again(subject, toy_queries, tmp_path, monkeypatch):
+    first = trace(subject, toy_queries, [RETRAC], SETTINGS, tmp_path, show_progress=False)["retrac"]
+    monkeypatch.setattr(Subject, "source", lambda *a: pytest.fail("a model was loaded"))
+    again = trace(subject, toy_queries, [RETRAC], replace(SETTINGS, batch_size=16), tmp_path, show_progress=False)["retrac"]
+    np.testing.assert_array_equal(first.values, again.values)
+
+
+def test_visits_after_the_last_checkpoint_and_missing_visits_are_told(subject, toy_queries, tmp_path):
+    fewer = replace(subject, checkpoints=subject.checkpoints[:1])
+    notes = trace(fewer, toy_queries, [RETRAC], SETTINGS, tmp_path, show_progress=False)["retrac"].notes
+    assert any("20 visits after the last checkpoint" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"draws": 3}, "even number"),
+        ({"draws": 16, "batch_size": 8}, "batch_size must hold"),
+        ({"phases": 9}, "at most timesteps"),
+        ({"timesteps": 0}, "above 0"),
+    ],
+)
+def test_contradictory_settings_are_refused(subject, toy_queries, tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        trace(subject, toy_queries, [RETRAC], replace(SETTINGS, **change), tmp_path, show_progress=False)
+
+
+def test_units_that_cannot_be_computed_are_refused(subject, toy_queries, tmp_path):
+    odd = replace(RETRAC, train=replace(RETRAC.train, unit="timestep"))
+    with pytest.raises(ConfigError, match="a replay has unit none, event"):
+        trace(subject, toy_queries, [odd], SETTINGS, tmp_path, show_progress=False)
+
+
+def test_images_of_another_size_are_refused(subject, toy_queries, tmp_path):
+    large = ImageData.from_arrays(np.zeros((1, 3, 16, 16), np.float32), ["large"])
+    with pytest.raises(ConfigError, match="3 x 8 x 8"):
+        trace(subject, large, [RETRAC], SETTINGS, tmp_path, show_progress=False)
+    images = ImageData.from_arrays(np.zeros((1, 3, 16, 16), np.float32), ["train-0"])
+    with pytest.raises(CheckpointError, match="8 x 8 pixels"):
+        trace(replace(subject, train=images, record=None), large, [RETRAC], SETTINGS, tmp_path, show_progress=False)
+
+
+def test_declarations_take_their_grids_from_the_settings():
+    declared, notes = declare(RETRAC, SETTINGS, has_record=True)
+    assert (declared.query.events.timesteps, declared.query.events.draws, notes) == (5, 4, [])
