@@ -20,7 +20,7 @@ from numpy import ndarray
 from PIL import Image
 from safetensors.numpy import save_file
 
-from whence import _images, data
+from whence import _images, _sources
 from whence.config import DataSettings
 from whence.data import ImageData, concatenate, open_images, save_arrays
 from whence.errors import ConfigError, DataError
@@ -425,7 +425,7 @@ def test_demo(name: str) -> None:
 
 
 def test_missing_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(data._DEMO_FILES, "demo", "gone.parquet")
+    monkeypatch.setitem(_sources._DEMO_FILES, "demo", "gone.parquet")
     with pytest.raises(DataError, match=r"demo is no readable table .*gone\.parquet"):
         open_images("demo")
 

@@ -29,6 +29,7 @@ LAYER_OF = {
     # artifacts: the form of what lies on disk
     "data": "artifacts",
     "_images": "artifacts",
+    "_sources": "artifacts",
     "record": "artifacts",
     "store": "artifacts",
     "scores": "artifacts",
@@ -36,6 +37,11 @@ LAYER_OF = {
     # stages: loops that turn one artifact into the next
     "training": "stages",
     "recorder": "stages",
+    "sampling": "stages",
+    "replay_check": "stages",
+    "subject": "stages",
+    "streaming": "stages",
+    "self_influence": "stages",
     "progress": "stages",
     "events": "stages",
     "gradients": "stages",
@@ -48,6 +54,7 @@ LAYER_OF = {
     "explorer": "views",
     # wiring
     "pipeline": "pipeline",
+    "demo": "pipeline",
     "cli": "cli",
     "__init__": "free",
     "__main__": "free",

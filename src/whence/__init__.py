@@ -1,0 +1,58 @@
+"""Which training images made this one? Data attribution for diffusion models, on Hugging Face ``diffusers``.
+
+The names below load what they need when they are first used, so that pages and notebooks open scores without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from whence.config import DataSettings as DataSettings
+    from whence.config import ModelSettings as ModelSettings
+    from whence.config import TraceSettings as TraceSettings
+    from whence.config import TrainingSettings as TrainingSettings
+    from whence.data import ImageData as ImageData
+    from whence.data import open_images as open_images
+    from whence.methods import GradientPlan as GradientPlan
+    from whence.methods import Grid as Grid
+    from whence.methods import Method as Method
+    from whence.methods import Replay as Replay
+    from whence.pipeline import Run as Run
+    from whence.pipeline import events as events
+    from whence.pipeline import open_run as open_run
+    from whence.pipeline import train_run as train_run
+    from whence.record import Record as Record
+    from whence.recorder import Recorder as Recorder
+    from whence.scores import Scores as Scores
+
+_HOME = {
+    "DataSettings": "whence.config",
+    "ModelSettings": "whence.config",
+    "TraceSettings": "whence.config",
+    "TrainingSettings": "whence.config",
+    "ImageData": "whence.data",
+    "open_images": "whence.data",
+    "GradientPlan": "whence.methods",
+    "Grid": "whence.methods",
+    "Method": "whence.methods",
+    "Replay": "whence.methods",
+    "Run": "whence.pipeline",
+    "events": "whence.pipeline",
+    "open_run": "whence.pipeline",
+    "train_run": "whence.pipeline",
+    "Record": "whence.record",
+    "Recorder": "whence.recorder",
+    "Scores": "whence.scores",
+}
+
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'whence' has no attribute {name!r}; it has {', '.join(_HOME)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

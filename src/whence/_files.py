@@ -49,10 +49,12 @@ def publish_file(path: Path) -> Iterator[Path]:
 def publish_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to write to; rename it to ``path`` when the block ends without an error.
 
-    A folder already at ``path`` is replaced. What an interrupted call left behind is removed.
+    A folder already at ``path`` is replaced, and stays until the new one is whole. What an interrupted call left behind
+    is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
+    replaced = path.with_name(f".{path.name}.replaced")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -60,13 +62,25 @@ def publish_folder(path: Path) -> Iterator[Path]:
         for file in sorted(partial.rglob("*")):
             sync(file)
         sync(partial)
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
+        _swap(partial, path, replaced)
         sync(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _swap(partial: Path, path: Path, replaced: Path) -> None:
+    """Put ``partial`` in the place of the folder ``path``; no rename does that in one go."""
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.exists():
+        path.rename(replaced)
+    try:
+        partial.rename(path)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(path)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

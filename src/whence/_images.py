@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Shaped
+from jaxtyping import Float, Float32, Shaped
 from numpy import ndarray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
@@ -48,7 +48,7 @@ class Pictures:
     """Gives a picture by ``[position]``; may read it from disk each time. None: there is nothing but ``held``."""
     settings: DataSettings
     value_range: ValueRange | None
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     """Channel, height, width of every decoded image."""
     held: Shaped[ndarray, "row channel height width"] | None
     """The decoded images, uint8 or float32, if they fit."""
@@ -58,12 +58,12 @@ class Pictures:
     def pixels(self, k: int) -> Float32[ndarray, "channel height width"]:
         """Give the image at position ``k`` as the model sees it, decoded again if it is not held."""
         if self.held is not None:
-            return to_float(self.held[k])
+            return _to_float(self.held[k])
         with _reasons():
             array, _ = decode(self.given[k], self.settings, self.value_range)
         if hash_pixels(array) != self.hashes[k]:
             raise DataError("its pixels are not those of the first reading")
-        return to_float(array)
+        return _to_float(array)
 
     def picture(self, k: int) -> bytes:
         """Give the image at position ``k`` as it came, as a small PNG file."""
@@ -71,37 +71,33 @@ class Pictures:
             if self.given is None:
                 return _encode_png(_show_array(self.pixels(k)))
             given = self.given[k]
-            if is_array(given):
+            if _is_array(given):
                 return _encode_png(_show_array(_read_array(given, self.value_range)))
             return _encode_png(_read_image(given, self.settings.max_megapixels, []))
 
 
-def hold_floats(array: Float32[ndarray, "row channel height width"]) -> Pictures:
-    """Wrap images that are already as a model sees them."""
-    hashes = [hash_pixels(image) for image in array]
-    return Pictures(
-        None,
-        DataSettings(),
-        (-1, 1),
-        (array.shape[1], array.shape[2], array.shape[3]),
-        array,
-        hashes,
-        [()] * len(array),
-    )
+def hold_floats(array: Float[ndarray, "row channel height width"], ids: Sequence[str], source: str) -> Pictures:
+    """Wrap images that are already as a model sees them, in a copy; refuse all bad ones together."""
+    bad: dict[str, str] = {}
+    for id_, image in zip(ids, array, strict=True):
+        try:
+            _check_range(image, -1, 1)
+        except DataError as error:
+            bad[id_] = str(error)
+    _raise_bad(bad, len(ids), source)
+    held = np.array(array, dtype=np.float32, order="C")
+    hashes = [hash_pixels(image) for image in held]
+    return Pictures(None, DataSettings(), None, held.shape[1:], held, hashes, [()] * len(held))
 
 
 def read_pictures(
-    given: Any,
-    ids: Sequence[str],
-    settings: DataSettings,
-    source: str,
-    value_range: ValueRange | None = None,
+    given: Any, ids: Sequence[str], settings: DataSettings, source: str, value_range: ValueRange | None = None
 ) -> Pictures:
     """Decode every picture of a source once; refuse all bad ones together, and images that are not alike."""
     hashes: list[str] = []
     changes: list[Sequence[str]] = []
     bad: dict[str, str] = {}
-    kinds: dict[tuple[tuple[int, int, int], str], str] = {}
+    kinds: dict[tuple[tuple[int, ...], str], str] = {}
     held: ndarray | None = None
     hide = None if len(ids) > PROGRESS_FROM else True  # None: hide where stderr is not a terminal
     for k in tqdm(range(len(ids)), desc=f"reading {source}", unit="image", disable=hide):
@@ -113,13 +109,13 @@ def read_pictures(
             continue
         if not kinds and array.nbytes * len(ids) <= HELD_BYTES:
             held = np.empty((len(ids), *array.shape), array.dtype)
-        kinds.setdefault(((array.shape[0], array.shape[1], array.shape[2]), str(array.dtype)), ids[k])
+        kinds.setdefault((array.shape, str(array.dtype)), ids[k])
         if len(kinds) == 1:
             hashes.append(hash_pixels(array))
             changes.append(tuple(found))
             if held is not None:
                 held[k] = array
-    raise_bad(bad, len(ids), source)
+    _raise_bad(bad, len(ids), source)
     if not ids:
         raise DataError(f"{source} holds no images. Give a source with at least one.")
     if len(kinds) > 1:
@@ -127,7 +123,7 @@ def read_pictures(
     return Pictures(given, settings, value_range, next(iter(kinds))[0], held, hashes, changes)
 
 
-def raise_bad(bad: dict[str, str], num_images: int, source: str) -> None:
+def _raise_bad(bad: dict[str, str], num_images: int, source: str) -> None:
     """Refuse a source with pictures that cannot be used, if there are any: the reason by id."""
     if bad:
         reasons = "".join(f"\n  {id_}: {reason}" for id_, reason in list(bad.items())[:5])
@@ -138,7 +134,7 @@ def raise_bad(bad: dict[str, str], num_images: int, source: str) -> None:
         )
 
 
-def _describe_kinds(kinds: dict[tuple[tuple[int, int, int], str], str], settings: DataSettings, source: str) -> str:
+def _describe_kinds(kinds: dict[tuple[tuple[int, ...], str], str], settings: DataSettings, source: str) -> str:
     sizes = {shape[1:] for shape, _ in kinds}
     examples = "; ".join(
         f"{id_} has {width} x {height} pixels, {channels} channels, {dtype}"
@@ -172,38 +168,37 @@ def decode(
     Also returns the conversions, each named once.
     """
     changes: list[str] = []
-    if is_array(picture):
+    if _is_array(picture):
         array = _read_array(picture, value_range)
         if array.dtype != np.uint8:
             return _fit_floats(array, settings, changes), changes
         image = _show_array(array)
-        channels = min(3, len(array)) if len(array) != 2 else 1
     else:
-        image, channels = _read_image(picture, settings.max_megapixels, changes), 3
+        image = _read_image(picture, settings.max_megapixels, changes)
     image = _as_grey_or_rgb(image, changes)
     if settings.grey and image.mode == "RGB":
         changes.append("colour converted to grey")
         image = image.convert("L")
-    elif not settings.grey and image.mode == "L" and channels == 3:
+    elif image.mode == "L" and not settings.grey and not _is_array(picture):
         changes.append("grey repeated in three channels")
         image = image.convert("RGB")
     pixels = np.asarray(_fit(image, settings, changes))
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)), changes
 
 
-def is_array(picture: Any) -> bool:
+def _is_array(picture: Any) -> bool:
     """Tell arrays and tensors from encoded and PIL images."""
     return isinstance(picture, ndarray) or hasattr(picture, "detach")
 
 
-def to_float(pixels: Shaped[ndarray, "*shape"]) -> Float32[ndarray, "*shape"]:
+def _to_float(pixels: Shaped[ndarray, "*shape"]) -> Float32[ndarray, "*shape"]:
     """Map uint8 in 0..255 to float32 in [-1, 1]; return floats as they are."""
     return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1) if pixels.dtype == np.uint8 else pixels
 
 
 def hash_pixels(pixels: Shaped[ndarray, "channel height width"]) -> str:
     """Hash an image as the model sees it, so that the same values in uint8 and in floats have one hash."""
-    values = np.ascontiguousarray(to_float(pixels), dtype="<f4")
+    values = np.ascontiguousarray(_to_float(pixels), dtype="<f4")
     return hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()
 
 
@@ -327,9 +322,8 @@ def _fit_floats(
     """Do for floats what ``decode`` does for 8 bits, without rounding to 8 bits on the way."""
     if settings.grey and len(array) == 3:
         changes.append("colour converted to grey")
-        array = np.tensordot(np.array([0.299, 0.587, 0.114], np.float32), array, axes=1)[
-            None
-        ]  # ITU-R 601, as Pillow has it
+        weights = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as Pillow has it
+        array = np.tensordot(weights, array, axes=1)[None]
     fitted = [np.asarray(_fit(Image.fromarray(channel), settings, found := [])) for channel in array]
     changes += found
     # The filter overshoots at edges; 8 bit images are clipped by their type.
@@ -351,12 +345,12 @@ def _read_array(picture: Any, value_range: ValueRange | None) -> Shaped[ndarray,
         raise DataError(f"floats with {len(array)} channels; an image in floats has one or three")
     if value_range is None:
         raise DataError("floats, and their range is not known; say value_range=(0, 1) or value_range=(-1, 1)")
-    check_range(array, *value_range)
-    scaled = array if tuple(value_range) == (-1, 1) else array * 2 - 1
+    _check_range(array, *value_range)
+    scaled = array if value_range[0] == -1 else array * 2 - 1
     return scaled.astype(np.float32)
 
 
-def check_range(array: Shaped[ndarray, "*shape"], low: int | float, high: int | float) -> None:
+def _check_range(array: Shaped[ndarray, "*shape"], low: int | float, high: int | float) -> None:
     """Refuse values that are not finite or, beyond rounding, outside the range."""
     if not np.isfinite(array).all():
         raise DataError("NaN or infinite values")
@@ -376,4 +370,4 @@ def _channel_first(array: ndarray, *, channel_first_if_unclear: bool) -> Shaped[
         raise DataError(f"an array of shape {array.shape}; neither its first nor its last axis has 1 to 4 channels")
     if first and last and not channel_first_if_unclear:
         raise DataError(f"an array of shape {array.shape}, whose first or last axis may be the channels; give a tensor")
-    return array if first and (not last or channel_first_if_unclear) else np.moveaxis(array, -1, 0)
+    return array if first else np.moveaxis(array, -1, 0)

@@ -1,13 +1,14 @@
 """Checkpoints: folders in the layout of ``diffusers``, ordered by optimizer step.
 
-    checkpoints/checkpoint-<step>/unet/        raw weights: config.json and safetensors, as ``save_pretrained`` writes them
+    checkpoints/checkpoint-<step>/unet/        raw weights as ``save_pretrained`` writes them: config.json, safetensors
     checkpoints/checkpoint-<step>/unet_ema/    moving average of the weights, where one is kept
     checkpoints/checkpoint-<step>/scheduler/   scheduler_config.json
     checkpoints/checkpoint-<step>/resume/      optimizer.safetensors (by parameter name), rng.safetensors, state.json
     checkpoints/checkpoint-<step>/checkpoint.json   step and a checksum of every file
 
 Folders that ``accelerate`` and the ``diffusers`` example scripts write (``checkpoint-<step>/unet``, a pipeline with
-``model_index.json``, a single model folder) open as they are. torch and diffusers are imported only when a model is loaded.
+``model_index.json``, a single model folder) open as they are. torch and diffusers are imported only when a model is
+loaded.
 """
 
 import json
@@ -45,6 +46,9 @@ class Checkpoint:
     def weights_folder(self, weights: Weights) -> Path:
         """Give the folder of the raw or of the averaged weights.
 
+        Returns:
+            A folder with a config.json.
+
         Raises:
             CheckpointError: If averaged weights are asked for and there are none.
         """
@@ -81,7 +85,8 @@ def list_checkpoints(path: Path) -> list[Checkpoint]:
     for parent in (path / "checkpoints", path):
         numbered = [(int(m[1]), f) for f in parent.glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", f.name))]
         found = sorted(
-            (c for step, folder in numbered if (c := _as_checkpoint(folder, step))), key=lambda c: (c.step, c.folder.name)
+            (c for step, folder in numbered if (c := _as_checkpoint(folder, step))),
+            key=lambda c: (c.step, c.folder.name),
         )
         for left, right in zip(found, found[1:], strict=False):
             if left.step == right.step:
@@ -116,7 +121,7 @@ def check_files(checkpoint: Checkpoint) -> None:
     manifest = checkpoint.folder / "checkpoint.json"
     if not manifest.exists():
         return
-    for name, want in json.loads(manifest.read_text())["sha256"].items():
+    for name, want in _read_json(manifest)["sha256"].items():
         path = checkpoint.folder / name
         if not path.exists() or sha256_of_file(path) != want:
             state = "damaged or was altered" if path.exists() else "missing"
@@ -147,17 +152,12 @@ def load_model(
         CheckpointError: If files are missing, damaged or pickled, or do not fit the configuration.
         NumericsError: If a weight is not finite.
     """
-    import diffusers
     import torch
 
     folder = checkpoint.weights_folder(weights)
     config = _read_config(folder)
-    model_class = getattr(diffusers, config.get("_class_name", ""), None)
-    if model_class is None:
-        raise CheckpointError(f"{folder / 'config.json'} names class {config.get('_class_name')!r}, unknown to diffusers.")
     state = _read_weights(folder, allow_pickle)
-    with _quiet_diffusers():
-        model = model_class.from_config(config)
+    model = _make_from_config(folder / "config.json", config)
     _check_fits(folder, {k: v.shape for k, v in model.state_dict().items()}, {k: v.shape for k, v in state.items()})
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -168,11 +168,7 @@ def load_model(
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}.") from error
-    return {k: v for k, v in config.items() if k not in _EMA_KEYS}
+    return {k: v for k, v in _read_json(folder / "config.json").items() if k not in _EMA_KEYS}
 
 
 # EMAModel.save_pretrained adds its own state to the model's config.json.
@@ -200,7 +196,9 @@ def _read_weights(folder: Path, allow_pickle: bool) -> "dict[str, Tensor]":
         try:
             state |= load_file(path) if files else torch.load(path, weights_only=True, map_location="cpu")
         except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}. Restore it or leave this checkpoint out.") from error
+            raise CheckpointError(
+                f"{path} cannot be read: {error}. Restore it or leave this checkpoint out."
+            ) from error
         except Exception as error:  # unpickling raises whatever the file makes it raise
             raise CheckpointError(f"{path} was refused by torch.load(weights_only=True): {error}") from error
     return state
@@ -236,18 +234,20 @@ def check_same_architecture(checkpoints: Sequence[Checkpoint], weights: Weights 
         if keys or want.get("_class_name") != found.get("_class_name"):
             differences = "; ".join(f"{k} is {found.get(k)!r}, not {want.get(k)!r}" for k in keys or ["_class_name"])
             raise CheckpointError(
-                f"All checkpoints must have one architecture; {other.folder} differs from {first.folder}: {differences}."
+                f"All checkpoints must have one architecture; {other.folder} differs from {first.folder}: "
+                f"{differences}."
             )
 
 
 def load_scheduler(checkpoint: Checkpoint) -> Any:
     """Load the noise scheduler that belongs to a checkpoint: in its folder or in one of the two above it.
 
+    Returns:
+        A scheduler of its own ``diffusers`` class.
+
     Raises:
         CheckpointError: If there is none, or diffusers does not know its class.
     """
-    import diffusers
-
     places = [checkpoint.folder, checkpoint.folder.parent, checkpoint.folder.parent.parent]
     found = next((p / "scheduler" for p in places if (p / "scheduler" / "scheduler_config.json").exists()), None)
     if found is None:
@@ -255,11 +255,8 @@ def load_scheduler(checkpoint: Checkpoint) -> Any:
             f"No scheduler/scheduler_config.json in {checkpoint.folder} or the two folders above it. Save the noise "
             "scheduler of the training there: scheduler.save_pretrained(folder / 'scheduler')."
         )
-    config = json.loads((found / "scheduler_config.json").read_text())
-    scheduler_class = getattr(diffusers, config.get("_class_name", ""), None)
-    if scheduler_class is None:
-        raise CheckpointError(f"{found} names scheduler class {config.get('_class_name')!r}, unknown to diffusers.")
-    return scheduler_class.from_config(config)
+    path = found / "scheduler_config.json"
+    return _make_from_config(path, _read_json(path))
 
 
 def save_checkpoint(
@@ -292,7 +289,10 @@ def save_checkpoint(
     with publish_folder(target) as partial:
         model.save_pretrained(partial / "unet", safe_serialization=True)
         if ema is not None:
-            ema.save_pretrained(partial / "unet_ema")
+            import torch
+
+            with torch.random.fork_rng(devices=[]):  # it makes a model, which draws weights
+                ema.save_pretrained(partial / "unet_ema")
         scheduler.save_pretrained(partial / "scheduler")
         if resume_state is not None:
             (partial / "resume").mkdir()
@@ -305,6 +305,32 @@ def save_checkpoint(
     checkpoint = _as_checkpoint(target, step)
     assert checkpoint is not None  # save_pretrained has just written its config.json
     return checkpoint
+
+
+def _make_from_config(path: Path, config: dict[str, Any]) -> Any:
+    """Make a ``diffusers`` object of the class that its configuration names."""
+    import diffusers
+    import torch
+
+    name = config.get("_class_name")
+    made_of = getattr(diffusers, str(name), None)
+    if not isinstance(made_of, type) or not hasattr(made_of, "from_config"):
+        raise CheckpointError(f"{path} names class {name!r}, unknown to diffusers.")
+    try:
+        with _quiet_diffusers(), torch.random.fork_rng(devices=[]):  # weights are drawn, then replaced
+            return made_of.from_config(config)
+    except Exception as error:  # a constructor raises whatever it likes about values that it does not know
+        raise CheckpointError(f"No {name} can be made from {path}: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Restore it or leave this checkpoint out.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}. Restore it.")
+    return value
 
 
 @contextmanager

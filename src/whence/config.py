@@ -111,8 +111,6 @@ class TraceSettings:
     """Bins of query timesteps for which scores are kept apart, from least noise to most."""
     weights_name: Literal["raw", "ema"] = "raw"
     """Which weights of a checkpoint: the trained ones, or their moving average."""
-    loss: LossName | None = None
-    """Loss whose gradient is taken. Default: the recorded training loss; mse where there is no record."""
     batch_size: int = 64
     """Events in one forward and backward pass."""
     block_size: int = 256

@@ -7,57 +7,36 @@
 
 Every image is decoded once at opening, so that all bad files are found before anything is trained, and nothing is
 dropped or altered without being counted. Up to 1 GiB the decoded images stay in memory; beyond that they are decoded
-again when asked for. How one picture is decoded is in ``_images``; this module needs no torch.
+again when asked for. What lies in a source is found by ``_sources``, and a picture is decoded by ``_images``; none of
+the three needs torch.
 """
 
 import json
-import os
-import re
 import warnings
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
-from importlib import resources
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, SupportsIndex, final
+from typing import Any, SupportsIndex, final
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float32
 from numpy import ndarray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from whence._files import publish_file
-from whence._images import Pictures, ValueRange, check_range, decode, hash_pixels, hold_floats, raise_bad, read_pictures
+from whence._images import Pictures, ValueRange, decode, hash_pixels, hold_floats, read_pictures
+from whence._sources import Items, abbreviate, as_text, checked_ids, find_images, warn_of_columns
 from whence.config import DataSettings
 from whence.errors import ConfigError, DataError
 
 FORMAT_VERSION = 1  # of files written by save_arrays
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 _AS_THEY_ARE = DataSettings()
 _REPEATED_READS = 8  # items of a data set read twice, to catch random transforms
-_DEMO_FILES = {"demo": "train.parquet", "demo-queries": "queries.parquet"}
-_METADATA = "metadata.jsonl"
-_Kind = Literal["image", "id", "label", "caption"]
-_NAMES: dict[_Kind, tuple[str, ...]] = {
-    "image": ("image", "images", "img", "pixel_values", "input"),
-    "id": ("id", "sample_id", "image_id"),
-    "label": ("label", "class"),
-    "caption": ("text", "caption", "prompt"),
-}
-_ACCEPTED = (
-    f"Accepted are: a folder of images or one image ({' '.join(IMAGE_SUFFIXES)}); a .parquet file or a folder of them; "
-    "a folder written by save_to_disk of Hugging Face datasets; a .safetensors file written by whence; or the words "
-    f"{' and '.join(_DEMO_FILES)}."
-)
 
 
 @final
@@ -117,8 +96,9 @@ class ImageData:
         unknown = [id_ for id_ in ids if id_ not in self._row_of]
         if unknown:
             raise DataError(
-                f"{len(unknown)} of {len(ids)} ids are not in {self.source}: {_some(unknown)}. Its {len(self)} ids are "
-                f"relative paths in a folder, the id column or row numbers of a table: {_some(self.ids, 3)}."
+                f"{len(unknown)} of {len(ids)} ids are not in {self.source}: {abbreviate(unknown)}. Its {len(self)} "
+                "ids are relative paths in a folder, the id column or row numbers of a table: "
+                f"{abbreviate(self.ids, 3)}."
             )
         return [self._row_of[id_] for id_ in ids]
 
@@ -159,13 +139,16 @@ class ImageData:
             A data set that shares the pixels of this one.
         """
         rows = self._checked(rows)
-        return _join(
-            (self.channels, self.height, self.width),
-            [self._entries[row] for row in rows],
-            [self.ids[row] for row in rows],
-            None if self.labels is None else [self.labels[row] for row in rows],
-            None if self.captions is None else [self.captions[row] for row in rows],
-            self.source,
+
+        def take(values: Any) -> Any:
+            return None if values is None else tuple(values[row] for row in rows)
+
+        return replace(
+            self,
+            ids=checked_ids(take(self.ids), self.source),
+            labels=take(self.labels),
+            captions=take(self.captions),
+            _entries=take(self._entries),
         )
 
     def _checked(self, rows: Sequence[SupportsIndex] | ndarray) -> list[int]:
@@ -224,16 +207,9 @@ class ImageData:
                 f"{source} has pixels of {array.dtype}; they must be floats in [-1, 1]. Divide 0..255 by 127.5 and "
                 "subtract 1, or use ImageData.from_dataset."
             )
-        ids = _checked_ids(ids, source)
+        ids = checked_ids(ids, source)
         _check_count("ids", ids, len(array), source)
-        bad = {}
-        for id_, image in zip(ids, array, strict=True):
-            try:
-                check_range(image, -1, 1)
-            except DataError as error:
-                bad[id_] = str(error)
-        raise_bad(bad, len(array), source)
-        return _make(hold_floats(np.array(array, dtype=np.float32, order="C")), ids, labels, captions, source)
+        return _make(hold_floats(array, ids, source), ids, labels, captions, source)
 
     @classmethod
     def from_dataset(
@@ -273,18 +249,19 @@ class ImageData:
                 "back to a sample; put the items of a stream into a list first."
             ) from None
         _check_settings(settings)
-        items = _Items(dataset, num_items, settings, source)
+        items = Items(dataset, num_items, settings, source)
         # The list of the items' own ids fills up while they are read.
-        names = items.ids if ids is None else _checked_ids(ids, source)
+        names = items.ids if ids is None else checked_ids(ids, source)
         _check_count("ids", names, num_items, source)
         pictures = read_pictures(items, names, settings, source, value_range)
-        for k in range(min(num_items, _REPEATED_READS)):
-            if pictures.hashes[k] != hash_pixels(decode(items[k], settings, value_range)[0]):
+        repeated = [decode(items[k], settings, value_range)[0] for k in range(min(num_items, _REPEATED_READS))]
+        for k, array in enumerate(repeated):
+            if hash_pixels(array) != pictures.hashes[k]:
                 raise DataError(
                     f"Item {k} of {source} differs from one reading to the next. Scores belong to fixed images: take "
                     "random transforms out of the data set (flips are a setting of training)."
                 )
-        if value_range is not None and not items.has_floats:
+        if value_range is not None and repeated[0].dtype == np.uint8:
             warnings.warn(f"value_range={value_range} has no effect: {source} holds no floats.", stacklevel=2)
         labels = items.labels if any(items.labels) else None
         captions = items.captions if any(items.captions) else None
@@ -315,14 +292,12 @@ def open_images(source: str | Path, settings: DataSettings = _AS_THEY_ARE) -> Im
         DataError: If the source is not one of the above, is empty, or has images that cannot be used.
     """
     _check_settings(settings)
-    if source not in _DEMO_FILES and not (str(source) and Path(source).exists()):
-        raise DataError(f"{str(source)!r} does not exist. {_ACCEPTED}")
-    found = _find_images(source, settings)
-    if isinstance(found, ImageData):
-        return found
-    ids = _checked_ids(found.ids, str(source))
-    pictures = read_pictures(found.pictures, ids, settings, str(source))
-    return _make(pictures, ids, found.labels, found.captions, str(source))
+    path, name = Path(source), str(source)
+    if path.suffix.lower() == ".safetensors" and path.is_file():
+        return _open_arrays(path, settings, name)
+    found = find_images(source, settings)
+    ids = checked_ids(found.ids, name)
+    return _make(read_pictures(found.pictures, ids, settings, name), ids, found.labels, found.captions, name)
 
 
 def concatenate(parts: Sequence[ImageData]) -> ImageData:
@@ -345,19 +320,20 @@ def concatenate(parts: Sequence[ImageData]) -> ImageData:
             "resolution."
         )
 
-    def join(name: str) -> list[str] | None:
+    def join(name: str) -> tuple[str, ...] | None:
         columns = [getattr(part, name) for part in parts]
         if all(column is None for column in columns):
             return None
-        return [text for part, column in zip(parts, columns, strict=True) for text in column or [""] * len(part)]
+        return tuple(text for part, column in zip(parts, columns, strict=True) for text in column or [""] * len(part))
 
-    return _join(
-        next(iter(sizes)),
-        [entry for part in parts for entry in part._entries],
-        [id_ for part in parts for id_ in part.ids],
-        join("labels"),
-        join("captions"),
-        " + ".join(part.source for part in parts),
+    source = " + ".join(part.source for part in parts)
+    return replace(
+        parts[0],
+        ids=checked_ids([id_ for part in parts for id_ in part.ids], source),
+        labels=join("labels"),
+        captions=join("captions"),
+        source=source,
+        _entries=tuple(entry for part in parts for entry in part._entries),
     )
 
 
@@ -388,115 +364,6 @@ def save_arrays(
         save_file({"images": data.pixels(range(len(data)))}, partial, metadata={"whence": text})
 
 
-class _Found(NamedTuple):
-    """What a file or folder holds: ``pictures`` gives one by ``[row]``; the rest is not yet checked."""
-
-    pictures: Any
-    ids: Sequence[Any]
-    labels: Sequence[str] | None
-    captions: Sequence[str] | None
-
-
-# ---- folders and files
-
-
-def _find_images(source: str | Path, settings: DataSettings) -> _Found | ImageData:
-    if source in _DEMO_FILES:
-        demo = resources.files("whence") / "demo_data" / _DEMO_FILES[str(source)]
-        return _open_parquet([Path(str(demo))], settings, str(source))
-    path = Path(source)
-    if path.is_dir():
-        return _open_folder(path, settings, str(source))
-    if path.suffix.lower() == ".parquet":
-        return _open_parquet([path], settings, str(source))
-    if path.suffix.lower() == ".safetensors":
-        return _open_arrays(path, settings, str(source))
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        return _open_image_folder({path.name: path}, [], settings, str(source))
-    raise DataError(f"{path} is a file of another kind. {_ACCEPTED}")
-
-
-def _open_folder(folder: Path, settings: DataSettings, source: str) -> _Found:
-    if (folder / "dataset_dict.json").is_file():
-        with _table_errors(source):
-            splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        return _open_folder(folder / _choose_split(splits, source), settings, source)
-    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        return _open_saved(folder, settings, source)
-    paths = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
-    images = {id_: paths[id_] for id_ in sorted(paths) if paths[id_].suffix.lower() in IMAGE_SUFFIXES}
-    tables = {id_: paths[id_] for id_ in sorted(paths) if paths[id_].suffix.lower() == ".parquet"}
-    if images and tables:
-        raise DataError(
-            f"{source} holds {len(images)} images and {len(tables)} parquet files, and either may be meant. "
-            "Give the file or the subfolder."
-        )
-    if tables:
-        splits = {id_: _split_of(path, folder) for id_, path in tables.items()}
-        split = _choose_split(sorted(set(splits.values())), source)
-        return _open_parquet([path for id_, path in tables.items() if splits[id_] == split], settings, source)
-    if not images:
-        found = Counter(path.suffix or "no suffix" for path in paths.values())
-        files = ", ".join(f"{count} of {suffix}" for suffix, count in found.most_common(5)) or "none"
-        raise DataError(f"{source} holds no images; files found: {files}. {_ACCEPTED}")
-    return _open_image_folder(images, [path for path in paths.values() if path.name == _METADATA], settings, source)
-
-
-def _open_image_folder(images: dict[str, Path], metadata: list[Path], settings: DataSettings, source: str) -> _Found:
-    ids: Sequence[Any] = list(images)
-    labels = [path.parent.name if "/" in id_ else "" for id_, path in images.items()]
-    captions = None
-    if metadata:
-        lines = _read_metadata(metadata, images, source)
-        columns = dict.fromkeys((key for line in lines for key in line), True)
-        if settings.id_column and (name := _find("id", settings, columns, source)):
-            ids = [line.get(name) for line in lines]
-        if name := _find("label", settings, columns, source):
-            labels = [_text(line.get(name)) for line in lines]
-        if name := _find("caption", settings, columns, source):
-            captions = [_text(line.get(name)) for line in lines]
-    else:
-        _warn_of_columns(settings, source)
-    return _Found(list(images.values()), ids, labels if any(labels) else None, captions)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """List files that are not hidden; follow links to folders, but none twice."""
-    seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        if real not in seen:
-            yield from (Path(parent, name) for name in files if not name.startswith("."))
-        seen.add(real)
-
-
-def _read_metadata(metadata: list[Path], images: dict[str, Path], source: str) -> list[dict[str, Any]]:
-    """Read what metadata.jsonl files say of each image; the nearest one counts."""
-    lines: dict[str, dict[str, Any]] = {}
-    for path in sorted(metadata, key=lambda path: len(path.parts)):
-        # Not splitlines(), which also splits at separators that may stand inside a caption.
-        for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-            if not text.strip():
-                continue
-            try:
-                line = json.loads(text)
-                lines[os.path.normpath(path.parent / line["file_name"])] = line
-            except (ValueError, KeyError, TypeError):
-                raise DataError(
-                    f"Line {number} of {path} must be a JSON object with a file_name; found {text[:80]!r}."
-                ) from None
-    files = {os.path.normpath(path): id_ for id_, path in images.items()}
-    absent = [path for path in lines if path not in files]
-    unlisted = [files[path] for path in files if path not in lines]
-    if absent or unlisted:
-        raise DataError(
-            f"Every image of {source} needs a line in {_METADATA}, and every line an image. {len(absent)} lines have "
-            f"no image: {_some(absent)}; {len(unlisted)} images have no line: {_some(unlisted)}."
-        )
-    return [lines[path] for path in files]
-
-
 def _open_arrays(path: Path, settings: DataSettings, source: str) -> ImageData:
     try:
         with safe_open(path, framework="numpy") as file:
@@ -519,260 +386,23 @@ def _open_arrays(path: Path, settings: DataSettings, source: str) -> ImageData:
             f"{source} holds float images of {data.channels} x {data.height} x {data.width}, which are kept exactly; "
             f"the settings ask for resolution {side} and grey {settings.grey}. Change the settings or the images."
         )
-    _warn_of_columns(settings, source)
+    warn_of_columns(settings, source)
     return data
 
 
-# ---- tables
-
-
-def _open_saved(folder: Path, settings: DataSettings, source: str) -> _Found:
-    """Read what ``Dataset.save_to_disk`` wrote: Arrow streams, here mapped rather than read."""
-    with _table_errors(source):
-        state = json.loads((folder / "state.json").read_text())
-        if state.get("_indices_data_files"):
-            raise DataError(f"{source} was saved with a mapping of rows. Save it again with a present-day datasets.")
-        files = [pa.memory_map(str(folder / file["filename"])) for file in state["_data_files"]]
-        table = pa.concat_tables([pa.ipc.open_stream(file).read_all() for file in files])
-        return _open_table(table.schema, lambda name: table[name].to_pylist(), table.column, folder, settings, source)
-
-
-def _open_parquet(paths: list[Path], settings: DataSettings, source: str) -> _Found:
-    with _table_errors(source):
-        files = [pq.ParquetFile(path, memory_map=True) for path in paths]
-        schema = files[0].schema_arrow
-        for path, file in zip(paths, files, strict=True):
-            if not file.schema_arrow.equals(schema):
-                raise DataError(
-                    f"The parquet files of {source} must have the same columns; {path.name} differs from "
-                    f"{paths[0].name}. Give one of them."
-                )
-
-        def read(name: str) -> list[Any]:
-            return [value for file in files for value in file.read(columns=[name])[name].to_pylist()]
-
-        return _open_table(schema, read, lambda name: _ParquetRows(paths, name), paths[0].parent, settings, source)
-
-
-@contextmanager
-def _table_errors(source: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
-        raise DataError(f"{source} is no readable table ({type(error).__name__}: {error}). Write it again.") from error
-
-
-def _open_table(
-    schema: pa.Schema,
-    read: Callable[[str], list[Any]],
-    images: Callable[[str], Any],
-    folder: Path,
-    settings: DataSettings,
-    source: str,
-) -> _Found:
-    """Open a table, given how to read a small column at once and a column of images row by row."""
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    names = {kind: _find(kind, settings, _usable_columns(schema, kind), source) for kind in _NAMES}
-    encoded = _Encoded(images(names["image"] or _only_image_column(schema, source)), folder)
-    ids = read(names["id"]) if names["id"] else _row_ids(len(encoded))
-    labels = captions = None
-    if names["label"]:
-        classes = features.get(names["label"], {}).get("names")
-        labels = [_text(value, classes) for value in read(names["label"])]
-    if names["caption"]:
-        captions = [_text(value) for value in read(names["caption"])]
-    return _Found(encoded, ids, labels, captions)
-
-
-class _ParquetRows:
-    """One column of parquet files by row, read forward in small batches: a row group may be larger than memory."""
-
-    def __init__(self, paths: list[Path], column: str) -> None:
-        self._paths, self._column = paths, column
-        files = [pq.ParquetFile(path, memory_map=True) for path in paths]
-        self._groups = [(file, group) for file in files for group in range(file.num_row_groups)]
-        counts = [file.metadata.row_group(group).num_rows for file, group in self._groups]
-        self._firsts = [0, *accumulate(counts)]
-        self._group, self._start, self._batch, self._batches = -1, 0, (), iter(())
-
-    def __len__(self) -> int:
-        return self._firsts[-1]
-
-    def __getitem__(self, row: int) -> Any:
-        group = bisect_right(self._firsts, row) - 1
-        if group != self._group or row < self._start:
-            file, number = self._groups[group]
-            self._group, self._start, self._batch = group, self._firsts[group], ()
-            self._batches = file.iter_batches(batch_size=32, row_groups=[number], columns=[self._column])
-        while row >= self._start + len(self._batch):
-            self._start += len(self._batch)
-            self._batch = next(self._batches).column(0)
-        return self._batch[row - self._start]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ParquetRows, (self._paths, self._column)
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """Encoded images from a column of bytes, or of bytes and path where the bytes may lie in a file of their own."""
-
-    rows: Any
-    folder: Path
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> bytes | Path:
-        value = self.rows[row].as_py()
-        value = value if isinstance(value, dict) else {"bytes": value}
-        if value["bytes"] is not None:
-            return value["bytes"]
-        if not value.get("path"):
-            raise DataError("its row holds no image")
-        return self.folder / value["path"]
-
-
-def _usable_columns(schema: pa.Schema, kind: _Kind) -> dict[str, bool]:
-    """Tell for every column whether its type can hold what is asked for."""
-    usable = {}
-    for field in schema:
-        value = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        is_text = pa.types.is_string(value) or pa.types.is_large_string(value)
-        is_whole = pa.types.is_integer(value) or pa.types.is_boolean(value)
-        usable[field.name] = {
-            "image": _is_image_struct(value) or pa.types.is_binary(value) or pa.types.is_large_binary(value),
-            "id": is_text or is_whole,
-            "label": is_text or is_whole,
-            "caption": is_text,
-        }[kind]
-    return usable
-
-
-def _is_image_struct(value: pa.DataType) -> bool:
-    return pa.types.is_struct(value) and value.get_field_index("bytes") >= 0
-
-
-def _only_image_column(schema: pa.Schema, source: str) -> str:
-    """Find the column of images by its type, where no name tells."""
-    usable = _usable_columns(schema, "image")
-    structs = [field.name for field in schema if _is_image_struct(field.type)]
-    found = structs or [name for name in usable if usable[name]]
-    if len(found) != 1:
-        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise DataError(
-            f"{source} must have one column of encoded images, as struct of bytes and path or as binary; found "
-            f"{len(found)} among its columns {columns}. Name one as image_column, or encode the images."
-        )
-    return found[0]
-
-
-# ---- data sets in memory
-
-
-class _Items:
-    """The pictures of a map-style data set; notes what else an item says when it is read."""
-
-    def __init__(self, dataset: Any, num_items: int, settings: DataSettings, source: str) -> None:
-        self._dataset = dataset
-        self.ids: list[str] = _row_ids(num_items)
-        self.labels, self.captions = [""] * num_items, [""] * num_items
-        self.has_floats = False
-        self._keys: dict[_Kind, str | None] = {}
-        try:
-            first = dataset[0] if num_items else None
-        except Exception as error:
-            raise DataError(f"Item 0 of {source} cannot be read: {type(error).__name__}: {error}.") from error
-        if isinstance(first, Mapping):
-            self._keys = {kind: _find(kind, settings, dict.fromkeys(first, True), source) for kind in _NAMES}
-            if self._keys["image"] is None:
-                raise DataError(
-                    f"Items of {source} must have an image under one of the keys {', '.join(_NAMES['image'])}; found "
-                    f"{', '.join(map(str, first))}. Name the key as image_column."
-                )
-        else:
-            _warn_of_columns(settings, source)
-        self._classes = _class_names(dataset, self._keys.get("label"))
-
-    def __getitem__(self, k: int) -> Any:
-        item = self._dataset[k]
-        if isinstance(item, Mapping):
-            values = {kind: _scalar(item[key]) for kind, key in self._keys.items() if key is not None}
-            if "id" in values:
-                self.ids[k] = _checked_ids([values["id"]], "its item")[0]
-            self.captions[k] = _text(values.get("caption"))
-        elif isinstance(item, tuple | list):
-            values = dict(zip(("image", "label"), (_scalar(value) for value in item), strict=False))
-            if not isinstance(values.get("label"), str | int):
-                values["label"] = None
-        else:
-            values = {"image": item}
-        self.labels[k] = _text(values.get("label"), self._classes)
-        picture = values.get("image")
-        self.has_floats |= "float" in str(getattr(picture, "dtype", ""))
-        return picture
-
-
-def _scalar(value: Any) -> Any:
-    """Unwrap a number from an array or tensor without axes."""
-    return value.item() if getattr(value, "shape", None) == () else value
-
-
-def _class_names(dataset: Any, label_key: str | None) -> Sequence[str] | None:
-    """Find the names of integer labels where Hugging Face datasets and torchvision keep them."""
-    features = getattr(dataset, "features", None)
-    if label_key is not None and isinstance(features, Mapping):
-        return getattr(features.get(label_key), "names", None)
-    return getattr(dataset, "classes", None) if label_key is None else None
-
-
-# ---- what all sources share
-
-
 def _make(
-    pictures: Pictures,
-    ids: Iterable[Any],
-    labels: Iterable[Any] | None,
-    captions: Iterable[Any] | None,
-    source: str,
+    pictures: Pictures, ids: Iterable[Any], labels: Iterable[Any] | None, captions: Iterable[Any] | None, source: str
 ) -> ImageData:
-    return _join(pictures.shape, [(pictures, k) for k in range(len(pictures.hashes))], ids, labels, captions, source)
-
-
-def _join(
-    shape: tuple[int, int, int],
-    entries: list[tuple[Pictures, int]],
-    ids: Iterable[Any],
-    labels: Iterable[Any] | None,
-    captions: Iterable[Any] | None,
-    source: str,
-) -> ImageData:
-    ids = _checked_ids(ids, source)
+    """Put ids, labels and captions beside their pictures; refuse what does not fit."""
     columns = {"labels": labels, "captions": captions}
-    texts = {name: None if values is None else tuple(map(_text, values)) for name, values in columns.items()}
-    for name, values in {"ids": ids, **texts}.items():
+    texts = {name: None if values is None else tuple(map(as_text, values)) for name, values in columns.items()}
+    entries = tuple((pictures, k) for k in range(len(pictures.hashes)))
+    for name, values in texts.items():
         if values is not None:
             _check_count(name, values, len(entries), source)
-    return ImageData(ids, texts["labels"], texts["captions"], *shape, source, tuple(entries))
-
-
-def _checked_ids(ids: Iterable[Any], source: str) -> tuple[str, ...]:
-    """Turn whole numbers into text; refuse ids that could not stand in a list or file, or are not unique."""
-    given = list(ids)
-    texts = [str(id_) if isinstance(id_, int | np.integer) and not isinstance(id_, bool) else id_ for id_ in given]
-    bad = [id_ for id_ in texts if not isinstance(id_, str) or not id_.isprintable() or not id_]
-    if bad:
-        raise DataError(
-            f"Ids must be whole numbers or non-empty printable text on one line; {source} has {len(bad)} others: "
-            f"{_some(list(map(repr, bad)))}. Rename them, or name another id_column."
-        )
-    repeated = [id_ for id_, count in Counter(texts).items() if count > 1]
-    if repeated:
-        raise DataError(
-            f"Ids must be unique; {len(repeated)} are repeated in {source}: {_some(repeated)}. Rename them, or name "
-            "another id_column."
-        )
-    return tuple(map(str, texts))
+    channels, height, width = pictures.shape
+    ids = checked_ids(ids, source)
+    return ImageData(ids, texts["labels"], texts["captions"], channels, height, width, source, entries)
 
 
 def _check_count(name: str, values: Sequence[str], num_images: int, source: str) -> None:
@@ -785,53 +415,3 @@ def _check_settings(settings: DataSettings) -> None:
         raise ConfigError(f"resolution must be at least 1 pixel; got {settings.resolution}.")
     if settings.center_crop and settings.resolution is None:
         warnings.warn("center_crop has no effect without a resolution.", stacklevel=3)
-
-
-def _warn_of_columns(settings: DataSettings, source: str) -> None:
-    named = [f"{kind}_column" for kind in _NAMES if getattr(settings, f"{kind}_column") is not None]
-    if named:
-        warnings.warn(f"{source} has no columns, so these settings have no effect: {', '.join(named)}.", stacklevel=4)
-
-
-def _find(kind: _Kind, settings: DataSettings, columns: Mapping[str, bool], source: str) -> str | None:
-    """Choose the column that the settings name, or else one with a usual name and a type that can be used."""
-    named = getattr(settings, f"{kind}_column")
-    if named is None:
-        return next((name for name in _NAMES[kind] if columns.get(name)), None)
-    if not columns.get(named):
-        what = "encoded images" if kind == "image" else "text or whole numbers"
-        found = "no such column" if named not in columns else "a column of another type"
-        raise DataError(
-            f"{kind}_column={named} must name a column of {what}; {source} has {found}. Columns that can be used: "
-            f"{', '.join(str(name) for name in columns if columns[name])}."
-        )
-    return named
-
-
-def _row_ids(num_rows: int) -> list[str]:
-    return [f"row-{row:07}" for row in range(num_rows)]
-
-
-def _text(value: Any, classes: Sequence[str] | None = None) -> str:
-    """Write a label or caption as text; -1 is what Hugging Face datasets give images without a class."""
-    if value is None or (classes is not None and value == -1):
-        return ""
-    return classes[value] if classes is not None and isinstance(value, int) else str(value)
-
-
-def _split_of(path: Path, folder: Path) -> str:
-    """Read the split from a file name such as train-00000-of-00004.parquet, or else from the folder."""
-    name = re.sub(r"[-_.]?\d+([-_.]of[-_.]\d+.*)?$", "", path.stem)
-    return name or path.parent.relative_to(folder).as_posix()
-
-
-def _choose_split(splits: Sequence[str], source: str) -> str:
-    if len(splits) == 1 or "train" in splits:
-        return splits[0] if len(splits) == 1 else "train"
-    raise DataError(
-        f"{source} has several splits and none is named train: {', '.join(splits)}. Give one of its folders."
-    )
-
-
-def _some(ids: Sequence[Any], count: int = 5) -> str:
-    return ", ".join(map(str, ids[:count])) + (", …" if len(ids) > count else "")

@@ -1,7 +1,7 @@
 """Events: at which timestep, with which noise, a sample's gradient is taken.
 
-An event table names events by their keys alone; :func:`make_batch` turns some of them into the arrays that a network sees.
-Both sides of a score, the replay check, and anyone who wants to check a score by hand get their events here.
+An event table names events by their keys alone; :func:`make_batch` turns some of them into the arrays that a network
+sees. Both sides of a score, the replay check, and anyone who wants to check a score by hand get their events here.
 """
 
 from collections.abc import Sequence
@@ -97,10 +97,24 @@ def make_batch(
     )
 
 
-def grid_events(images: ImageData, rows: Sequence[int], side: Side, grid: Grid, num_timesteps: int, seed: int) -> EventTable:
+def grid_events(
+    images: ImageData, rows: Sequence[int], side: Side, grid: Grid, num_timesteps: int, seed: int
+) -> EventTable:
     """List the events of a grid: for each row all timesteps in order, at each timestep all draws.
 
-    The noise depends on (seed, side, id, timestep, draw) alone, so a finer grid keeps the points it shares with a coarser one.
+    The noise depends on (seed, side, id, timestep, draw) alone, so a finer grid keeps the points it shares with a
+    coarser one.
+
+    Args:
+        images: Where the samples are.
+        rows: Which samples.
+        side: Whose noise is drawn.
+        grid: Timesteps and draws.
+        num_timesteps: Timesteps T of the noising process.
+        seed: Seed of the noise.
+
+    Returns:
+        Events of weight 1, each image as it is (not mirrored).
     """
     timesteps = even_timesteps(1, num_timesteps - 1, grid.timesteps).tolist()
     points = [(row, t, draw) for row in rows for t in timesteps for draw in range(grid.draws)]
@@ -129,8 +143,8 @@ class Replays:
         cropped = record.visits.crop_top.any() or record.visits.crop_left.any()
         if cropped or record.visits.condition_dropped.any():
             raise RecordError(
-                f"The record in {record.folder} has random crops or dropped conditions, which cannot be replayed yet. Trace "
-                "on a grid instead, by moving record/ out of the run."
+                f"The record in {record.folder} has random crops or dropped conditions, which cannot be replayed yet. "
+                "Trace on a grid instead, by moving record/ out of the run."
             )
 
     def events(self, after: int, upto: int, replay: Replay, weights: WeightsRule) -> EventTable:
@@ -149,9 +163,9 @@ class Replays:
         table = self.table(visits, self._weights(visits, weights))
         order = np.argsort(table.row, kind="stable")
         table = table.take(order)
-        if replay.visits == "all":
+        if replay.visits == "all" or not len(table):
             return table
-        is_last = np.append(table.row[1:] != table.row[:-1], True) if len(table) else np.zeros(0, bool)
+        is_last = np.append(table.row[1:] != table.row[:-1], True)
         # What one visit of many stands for: the whole weight of the interval, but under a rule that gives it itself.
         total = np.bincount(table.row, table.weight, self.num_images) if weights == "learning_rate" else None
         last = table.take(is_last)
@@ -169,7 +183,12 @@ class Replays:
     def table(self, visits: Visits, weight: Float64[ndarray, " visit"] | None = None) -> EventTable:
         """Turn visits into events, in the same order."""
         return _table(
-            self._row_of_sample[visits.sample], visits.timestep, visits.noise_key, visits.flip, visits.loss_weight, weight
+            self._row_of_sample[visits.sample],
+            visits.timestep,
+            visits.noise_key,
+            visits.flip,
+            visits.loss_weight,
+            weight,
         )
 
     def _between(self, after: int, upto: int) -> Visits:
@@ -196,15 +215,15 @@ def check_same_data(record: Record, images: ImageData) -> None:
     unknown = sorted(set(record.sample_ids) - set(images.ids))
     if unknown:
         raise RecordError(
-            f"The record in {record.folder} is of other images: {len(unknown)} of its {len(record.sample_ids)} ids are not in "
-            f"{images.source}, for example {', '.join(unknown[:3])}. Give the training images with --data."
+            f"The record in {record.folder} is of other images: {len(unknown)} of its {len(record.sample_ids)} ids are "
+            f"not in {images.source}, for example {', '.join(unknown[:3])}. Give the training images with --data."
         )
     want = record.manifest["data_fingerprint"]
     if want is not None and want != images.fingerprint:
         raise RecordError(
             f"The images in {images.source} are not those that were trained on: their fingerprint is "
-            f"{images.fingerprint[:12]}…, the record says {want[:12]}…. An image, the order or the size differs; give the "
-            "training images and their size settings as they were."
+            f"{images.fingerprint[:12]}…, the record says {want[:12]}…. An image, the order or the size differs; give "
+            "the training images and their size settings as they were."
         )
 
 

@@ -1,8 +1,8 @@
 """Gradients of samples at one checkpoint: dense sums over a grid, and inner products with fixed vectors.
 
-The query side needs whole gradients, summed over a grid of timesteps; the training side streams, layer by layer, through
-inner products with them. Both take the gradient of all draws at one timestep as one unit, in two halves (A and B) where there
-is an even number of draws, so that reliability can be computed under every normalisation::
+The query side needs whole gradients, summed over a grid of timesteps; the training side streams, layer by layer,
+through inner products with them. Both take the gradient of all draws at one timestep as one unit, in two halves (A and
+B) where there is an even number of draws, so that reliability can be computed under every normalisation::
 
     family none       sum over t of (A + B) / T             by phase, and of 2A / T  (half B follows from these)
     family timestep   sum over t of (A + B) / (T |A + B|)   by phase, and of A / (T |A|) and B / (T |B|)
@@ -38,8 +38,8 @@ Family = Literal["none", "timestep"]
 class GridVectors:
     """Summed gradients of one sample over a grid.
 
-    The rows of ``vectors`` are, family by family: one per phase, then half A, then (family timestep) half B; the halves are
-    missing where there is no even number of draws.
+    The rows of ``vectors`` are, family by family: one per phase, then half A, then (family timestep) half B; the halves
+    are missing where there is no even number of draws.
     """
 
     vectors: Float[Tensor, "vector param"]
@@ -138,8 +138,8 @@ class GradientSource:
         """
         if grid.draws > self.batch_size:
             raise ConfigError(
-                f"All draws of a timestep go through the network at once, so batch_size must be at least {grid.draws}; found "
-                f"{self.batch_size}."
+                f"All draws of a timestep go through the network at once, so batch_size must be at least {grid.draws}; "
+                f"found {self.batch_size}."
             )
         table = grid_events(images, rows, side, grid, self.process.num_timesteps, seed)
         num_rows = sum(num_vectors(family, phases, halves) for family in families)
@@ -165,18 +165,38 @@ class GradientSource:
             update(len(events))
         return [GridVectors(vectors, norm) for vectors, norm in zip(sums, norms, strict=True)]
 
+    def no_vectors(self) -> Float[Tensor, "vector param"]:
+        """Give an empty set of vectors for :meth:`dots`, where only lengths are wanted."""
+        return torch.empty(0, self.layout.num_params, dtype=self.dtype, device=self.device)
+
     def check(self, images: ImageData) -> None:
-        """Compare per-sample gradients with autograd's on a first small batch (two events of up to four images)."""
+        """Compare per-sample gradients with autograd's on a first small batch (two events of up to four images).
+
+        Args:
+            images: Any images that the model takes.
+
+        Raises:
+            NumericsError: If a gradient is not finite.
+            UnsupportedModelError: If gradients differ.
+        """
         rows = list(range(min(4, len(images))))
         table = grid_events(images, rows, "train", Grid(timesteps=2), self.process.num_timesteps, seed=0)
-        check_against_autograd(self.capture, lambda: self._outputs(table, images), num_units=len(table))
+        no_vectors = torch.zeros(0, self.layout.num_params, dtype=self.dtype, device=self.device)
+        self.dots(table, images, no_vectors, lambda num_events: None)
+        check_against_autograd(
+            self.capture,
+            lambda some: self._outputs(table.take(some), images),
+            num_events=len(table),
+            num_units=len(table),
+        )
 
     def _outputs(self, table: EventTable, images: ImageData) -> Float[Tensor, " event"]:
         batch = make_batch(table, images, self.process, dtype=self.dtype, device=self.device)
-        return sample_loss(predict(self.model, batch.noisy, batch.timesteps), batch.target, self.loss) * batch.loss_weight
+        prediction = predict(self.model, batch.noisy, batch.timesteps)
+        return sample_loss(prediction, batch.target, self.loss) * batch.loss_weight
 
     def _backward(self, table: EventTable, images: ImageData, num_units: int, factor: float, sinks: list[Any]) -> None:
-        with self.capture.hooks():
+        with self.capture.hooks(), torch.enable_grad():
             self.capture.backward(self._outputs(table, images) * factor, num_units, sinks)
 
     def _check_finite(self, norms: ndarray, table: EventTable, images: ImageData) -> None:
@@ -184,8 +204,8 @@ class GradientSource:
         if len(bad):
             row, timestep = table.row[bad[0]], table.timestep[bad[0]]
             raise NumericsError(
-                f"The gradient of {images.ids[row]} at timestep {timestep} is not finite at {self.label} ({len(bad)} such in "
-                "this batch). Look at the checkpoint's weights, or leave it out."
+                f"The gradient of {images.ids[row]} at timestep {timestep} is not finite at {self.label} ({len(bad)} "
+                "such in this batch). Look at the checkpoint's weights, or leave it out."
             )
 
 

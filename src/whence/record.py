@@ -1,6 +1,6 @@
 """The record: what training did, one row per visit of a sample.
 
-    record/manifest.json                          settings, scheduler, seed, data fingerprint, versions; fixed at creation
+    record/manifest.json                          settings, scheduler, seed, data fingerprint, versions; fixed
     record/parts-<rank>.json                      the parts that count, with checksums; rewritten when a part closes
     record/visits-<rank>-<first>-<last>.parquet   rows of the optimizer steps first..last
     record/probe-<rank>-<step>.parquet            a forward pass that trained nothing, for the replay check
@@ -8,12 +8,13 @@
     record/aside/                                 parts that a resumed run no longer stands on
 
 A part closes at each checkpoint. Steps count from 1: the visits of step s are what turned the weights after s - 1 steps
-into those after s, so a checkpoint of step s is explained by the steps up to and including s. Noise is not stored: it is a
-function of the noise key (``whence.diffusion.noise``). Writing is the ``Recorder``'s business; this module fixes the form.
+into those after s, so a checkpoint of step s is explained by the steps up to and including s. Noise is not stored: it
+is a function of the noise key (``whence.diffusion.noise``). Writing is the ``Recorder``'s business; this module fixes
+the form.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,8 @@ SCHEMA = pa.schema(
 class Visits:
     """Columns of a record, in the order of training. All have one entry per visit.
 
-    ``learning_rate * clip_coefficient / samples_in_step`` is the weight with which the visit's loss gradient entered its
-    optimizer step.
+    ``learning_rate * clip_coefficient / samples_in_step`` is the weight with which the visit's loss gradient entered
+    its optimizer step.
     """
 
     step: Int64[ndarray, " visit"]
@@ -129,7 +130,7 @@ class Record:
     folder: Path
     manifest: dict[str, Any]
     sample_ids: tuple[str, ...]
-    """Ids of the samples visited, in order of their first visit."""
+    """Ids of the samples visited, each once, in order of their first visit (rank by rank)."""
     visits: Visits
     probes: Visits
     """Forward passes that trained nothing; their ``step`` is the one that would have come next."""
@@ -138,19 +139,23 @@ class Record:
     def open(cls, folder: Path) -> "Record":
         """Read the record in ``folder`` (a run's ``record/``) and check every part against its checksum.
 
+        Returns:
+            All visits in order of step, micro-batch, rank and slot.
+
         Raises:
             RecordError: If there is none, a part is missing or damaged, or the format is newer than this version reads.
         """
         manifest = read_manifest(folder)
-        sample_ids: list[str] = []
+        row_of: dict[str, int] = {}
         tables: dict[str, list[pa.Table]] = {"visits": [SCHEMA.empty_table()], "probe": [SCHEMA.empty_table()]}
         for parts_file in sorted(folder.glob("parts-*.json")):
-            first_sample = len(sample_ids)  # each rank numbers its samples from 0
-            for part in _read_json(parts_file):
-                sample_ids += _read_part(folder, part["samples"])["id"].to_pylist() if part["samples"] else []
-                tables[part["kind"]].append(_shift_samples(_read_part(folder, part["rows"]), first_sample))
+            rows: list[int] = []  # each rank numbers its samples from 0
+            for part in _read_json(parts_file, list):
+                new_ids = _read_part(folder, part["samples"])["id"].to_pylist() if part["samples"] else []
+                rows += [row_of.setdefault(sample_id, len(row_of)) for sample_id in new_ids]
+                tables[part["kind"]].append(_number_samples(_read_part(folder, part["rows"]), rows))
         visits, probes = (Visits.from_table(_in_order(pa.concat_tables(tables[kind]))) for kind in ("visits", "probe"))
-        return cls(folder, manifest, tuple(sample_ids), visits, probes)
+        return cls(folder, manifest, tuple(row_of), visits, probes)
 
     @property
     def content_hash(self) -> str:
@@ -171,11 +176,14 @@ class PartWriter:
         self.folder = folder
         self.rank = rank
         self._parts_file = folder / f"parts-{rank}.json"
-        self.parts: list[dict[str, Any]] = _read_json(self._parts_file) if self._parts_file.exists() else []
+        self.parts: list[dict[str, Any]] = (
+            _read_json(self._parts_file, list) if self._parts_file.exists() else []
+        )
         self._sample_rows: dict[str, int] = {}
         for part in self.parts:
             if part["samples"]:
-                self._number(_read_part(folder, part["samples"])["id"].to_pylist())
+                ids = _read_part(folder, part["samples"])["id"].to_pylist()
+                self._sample_rows |= {i: len(self._sample_rows) + k for k, i in enumerate(ids)}
 
     @property
     def last_step(self) -> int:
@@ -186,10 +194,14 @@ class PartWriter:
         """Tell whether a probe of this step is on disk."""
         return any(part["kind"] == "probe" and part["first_step"] == step for part in self.parts)
 
-    def append(self, columns: dict[str, Sequence[Any]], sample_ids: Sequence[str], kind: str = "visits") -> None:
-        """Write one part: the columns of :data:`SCHEMA` but ``sample`` and ``rank``, and the id of each row's sample."""
-        new_ids = self._number(sample_ids)
-        rows = [self._sample_rows[sample_id] for sample_id in sample_ids]
+    def append(self, columns: Mapping[str, Sequence[Any]], sample_ids: Sequence[str], kind: str = "visits") -> None:
+        """Write one part: the columns of :data:`SCHEMA` but ``sample`` and ``rank``, and the id of each row's sample.
+
+        Where writing fails, the part is not there and can be appended again.
+        """
+        new_ids = list(dict.fromkeys(i for i in sample_ids if i not in self._sample_rows))
+        sample_rows = self._sample_rows | {i: len(self._sample_rows) + k for k, i in enumerate(new_ids)}
+        rows = [sample_rows[sample_id] for sample_id in sample_ids]
         table = pa.table({**columns, "sample": rows, "rank": [self.rank] * len(rows)}, schema=SCHEMA)
         first, last = int(min(columns["step"])), int(max(columns["step"]))
         span = f"{first:08d}-{last:08d}" if kind == "visits" else f"{first:08d}"
@@ -203,15 +215,19 @@ class PartWriter:
             "rows": self._write(f"{kind}-{self.rank}-{span}.parquet", table),
             "samples": samples,
         }
+        write_json(self._parts_file, [*self.parts, entry])
         self.parts.append(entry)
-        write_json(self._parts_file, self.parts)
+        self._sample_rows = sample_rows
 
     def rewind(self, step: int) -> None:
-        """Move aside every part that reaches beyond ``step``, so that training can go on from there."""
-        late = [part for part in self.parts if part["last_step"] > step]
+        """Move aside every part that reaches beyond ``step``, so that training can go on from there.
+
+        A probe taken at the weights of ``step`` stays.
+        """
+        late = [part for part in self.parts if part["last_step"] > step + (part["kind"] == "probe")]
         if not late:
             return
-        write_json(self._parts_file, [part for part in self.parts if part["last_step"] <= step])
+        write_json(self._parts_file, [part for part in self.parts if part not in late])
         aside = self.folder / "aside"
         aside.mkdir(exist_ok=True)
         for file in (entry["file"] for part in late for entry in (part["rows"], part["samples"]) if entry):
@@ -219,12 +235,6 @@ class PartWriter:
             if path.exists():
                 path.replace(aside / f"{len(list(aside.iterdir())):04d}-{file}")
         self.__init__(self.folder, self.rank)
-
-    def _number(self, sample_ids: Sequence[str]) -> list[str]:
-        """Give new ids the next row numbers; return them in order."""
-        new_ids = list(dict.fromkeys(i for i in sample_ids if i not in self._sample_rows))
-        self._sample_rows.update({sample_id: len(self._sample_rows) + k for k, sample_id in enumerate(new_ids)})
-        return new_ids
 
     def _write(self, name: str, table: pa.Table) -> dict[str, Any]:
         with publish_file(self.folder / name) as partial:
@@ -235,6 +245,9 @@ class PartWriter:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a record's manifest.
 
+    Returns:
+        What ``Recorder`` wrote.
+
     Raises:
         RecordError: If there is none, or its format is newer than this version reads.
     """
@@ -244,20 +257,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} holds no record of training (no manifest.json). Train with `whence train` or with a Recorder in "
             "your own loop; a model without a record can still be traced, on a grid of timesteps."
         )
-    manifest = _read_json(path)
+    manifest = _read_json(path, dict)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise RecordError(
-            f"{path} has format version {manifest.get('format_version')}; this version of whence reads {FORMAT_VERSION}. "
-            "Open it with the version that wrote it."
+            f"{path} has format version {manifest.get('format_version')}; this version of whence reads "
+            f"{FORMAT_VERSION}. Open it with the version that wrote it."
         )
     return manifest
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, form: type) -> Any:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise RecordError(f"{path} cannot be read: {error}. The record is damaged; restore it or train again.") from error
+        raise RecordError(
+            f"{path} cannot be read: {error}. The record is damaged; restore it or train again."
+        ) from error
+    if not isinstance(value, form):
+        raise RecordError(f"{path} is not of the form of a record. The record is damaged; restore it or train again.")
+    return value
 
 
 def _read_part(folder: Path, entry: dict[str, Any]) -> pa.Table:
@@ -273,9 +291,10 @@ def _read_part(folder: Path, entry: dict[str, Any]) -> pa.Table:
     return pq.read_table(path)
 
 
-def _shift_samples(table: pa.Table, first_sample: int) -> pa.Table:
-    rows = pa.array(table["sample"].to_numpy() + np.uint32(first_sample))
-    return table.set_column(table.schema.get_field_index("sample"), SCHEMA.field("sample"), rows)
+def _number_samples(table: pa.Table, rows: Sequence[int]) -> pa.Table:
+    """Replace a rank's own numbers of its samples by ``rows``."""
+    column = pa.array(np.array(rows, dtype=np.uint32)[table["sample"].to_numpy()])
+    return table.set_column(table.schema.get_field_index("sample"), SCHEMA.field("sample"), column)
 
 
 def _in_order(table: pa.Table) -> pa.Table:

@@ -5,8 +5,8 @@
     recorder.step(loss_per_sample, grad_norm)                                                    # before the lr steps
     recorder.save(model)                                                                         # now and then
 
-The recorder draws noise and timesteps itself, from keys (``whence.diffusion.noise``), so that they can be drawn again. What
-it writes is described in ``whence.record`` and ``whence.checkpoints``.
+The recorder draws noise and timesteps itself, from keys (``whence.diffusion.noise``), so that they can be drawn again.
+What it writes is described in ``whence.record`` and ``whence.checkpoints``.
 """
 
 import math
@@ -72,11 +72,10 @@ class Recorder:
         self.scheduler = scheduler
         self.optimizer = optimizer
         self.process = NoiseProcess.from_scheduler(scheduler)
-        settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
+        self.rank = rank
+        settings = _as_dict(config)
         self.seed = int(_first(seed, settings.get("seed"), 0))
         self.max_grad_norm = _first(max_grad_norm, settings.get("max_grad_norm"))
-        self._lock = filelock.FileLock(self.folder / f".recorder-{rank}.lock", timeout=0)
-        self._claim_folder()
         self.manifest = {
             "format_version": FORMAT_VERSION,
             "seed": self.seed,
@@ -84,12 +83,13 @@ class Recorder:
             "loss": _known_loss(_first(loss, settings.get("loss"), "mse")),
             "mixed_precision": settings.get("mixed_precision") or "no",
             "prediction_type": self.process.prediction_type,
-            "scheduler": {"class": type(scheduler).__name__, "config": _plain(dict(scheduler.config))},
+            "scheduler": _describe_scheduler(scheduler),
             "data_fingerprint": data_fingerprint,
             "config": _plain(settings),
             "versions": _versions(),
         }
-        self._parts = self._open_parts(resume_from, rank)
+        self._lock = filelock.FileLock(self.folder / f".recorder-{rank}.lock", timeout=0)
+        self._parts = self._claim_folder(resume_from)
         self.last_step = resume_from or 0
         self._open: dict[str, Any] | None = None
         self._step_rows: list[dict[str, Any]] = []
@@ -98,7 +98,13 @@ class Recorder:
         self._flips: dict[tuple[str, ...], Bool[np.ndarray, " event"]] = {}
 
     def flip(self, ids: Iterable[Any], images: Float[Tensor, "event *shape"]) -> Float[Tensor, "event *shape"]:
-        """Mirror about half of the images left to right, by their keys; call it before :meth:`draw` with the same ids."""
+        """Mirror about half of the images left to right, by their keys.
+
+        Call it before :meth:`draw` with the same ids.
+
+        Returns:
+            The images, some of them mirrored.
+        """
         sample_ids = _as_ids(ids)
         flips = np.array([drawn_flip(key) for key in self._keys(sample_ids)], dtype=bool)
         self._flips[tuple(sample_ids)] = flips
@@ -174,12 +180,17 @@ class Recorder:
             skipped: The optimizer did not step (a gradient scaler found infinite gradients); the visits count nothing.
 
         Raises:
-            RecordError: If there was no :meth:`draw`, the losses are not one per sample, or a gradient norm comes without
-                the norm it is clipped to.
-            NumericsError: If a loss is not finite.
+            RecordError: If there was no :meth:`draw`, the losses are not one per sample, or a gradient norm comes
+                without the norm it is clipped to.
+            NumericsError: If a loss or the gradient norm is not finite.
         """
         clip_coefficient = 0.0 if skipped else self._clip_coefficient(grad_norm)
         self.accumulate(loss_per_sample, loss_weight=loss_weight)
+        if not math.isfinite(clip_coefficient):
+            raise NumericsError(
+                f"The gradient norm at step {self.last_step + 1} is {float(grad_norm or 0)}, though all losses are "
+                "finite. Lower the learning rate, or train without mixed precision."
+            )
         self.last_step += 1
         num_samples = samples_in_step or sum(len(rows["ids"]) for rows in self._step_rows)
         for rows in self._step_rows:
@@ -197,7 +208,7 @@ class Recorder:
         self._occurrences.clear()
 
     def probe(self, loss_per_sample: Float[Tensor, " event"], *, loss_weight: Any = None) -> None:
-        """Close a forward pass that trains nothing, after the last checkpoint, so that the checkpoint can be checked."""
+        """Close a forward pass that trains nothing, after the last checkpoint, so that it can be checked too."""
         rows = self._close(loss_per_sample, loss_weight, micro_batch=0)
         num_samples = len(rows["ids"])
         rows |= _constant(
@@ -220,14 +231,23 @@ class Recorder:
     ) -> Checkpoint:
         """Close the part and write a checkpoint of the model as it is after the steps so far.
 
+        Where several processes train together, rank 0 calls it and the others call :meth:`close_part`.
+
+        Args:
+            model: A ``diffusers`` model with its raw weights.
+            ema: A ``diffusers.training_utils.EMAModel``, where one is kept.
+            resume_tensors: Safetensors files to put into the checkpoint's ``resume/``, by their stem.
+            resume_state: Plain data to put into ``resume/state.json``.
+
+        Returns:
+            The checkpoint on disk.
+
         Raises:
-            RecordError: If called in the middle of an optimizer step.
+            RecordError: If called in the middle of an optimizer step, or by another rank than 0.
         """
-        if self._open is not None or self._step_rows:
-            raise RecordError("save() was called in the middle of an optimizer step; call step() first.")
-        if self._part_rows:
-            self._append(self._part_rows)
-            self._part_rows = []
+        if self.rank:
+            raise RecordError(f"Only rank 0 writes checkpoints; this is rank {self.rank}. Call close_part() here.")
+        self.close_part()
         return save_checkpoint(
             self.folder / "checkpoints",
             self.last_step,
@@ -237,6 +257,18 @@ class Recorder:
             resume_tensors=resume_tensors,
             resume_state=resume_state,
         )
+
+    def close_part(self) -> None:
+        """Write down the steps so far, at the moment of a checkpoint that another process saves.
+
+        Raises:
+            RecordError: If called in the middle of an optimizer step.
+        """
+        if self._open is not None or self._step_rows:
+            raise RecordError("save() was called in the middle of an optimizer step. Call step() first.")
+        if self._part_rows:
+            self._append(self._part_rows)
+            self._part_rows = []
 
     def close(self) -> None:
         """Let other processes record into the folder."""
@@ -248,26 +280,34 @@ class Recorder:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _claim_folder(self) -> None:
+    def _claim_folder(self, resume_from: int | None) -> PartWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire()
         except filelock.Timeout as error:
-            raise InUseError(f"Another process is training into {self.folder}. Wait for it, or choose a new folder.") from error
+            raise InUseError(
+                f"Another process is training into {self.folder}. Wait for it, or choose a new folder."
+            ) from error
+        try:
+            return self._open_parts(resume_from)
+        except BaseException:
+            self._lock.release()
+            raise
 
-    def _open_parts(self, resume_from: int | None, rank: int) -> PartWriter:
+    def _open_parts(self, resume_from: int | None) -> PartWriter:
         folder = self.folder / "record"
         folder.mkdir(exist_ok=True)
+        # The manifest is shared by all ranks, and any of them may be the first to come here.
+        if resume_from is None and (folder / f"parts-{self.rank}.json").exists():
+            raise RecordError(
+                f"{folder} already holds a record. Give resume_from=<step of the checkpoint you go on from>, or choose "
+                "a new folder; nothing is overwritten."
+            )
         if (folder / "manifest.json").exists():
-            if resume_from is None:
-                raise RecordError(
-                    f"{folder} already holds a record. Give resume_from=<step of the checkpoint you go on from>, or choose "
-                    "a new folder; nothing is overwritten."
-                )
             _check_same_settings(folder, read_manifest(folder), self.manifest)
         else:
             write_json(folder / "manifest.json", self.manifest)
-        parts = PartWriter(folder, rank)
+        parts = PartWriter(folder, self.rank)
         parts.rewind(resume_from or 0)
         if parts.last_step != (resume_from or 0):
             raise RecordError(
@@ -316,7 +356,8 @@ class Recorder:
                 "step() got a gradient norm but does not know to what it is clipped. Make the Recorder with "
                 "max_grad_norm=..., or leave the gradient norm out if you do not clip."
             )
-        return min(1.0, float(self.max_grad_norm) / (float(grad_norm) + 1e-6))
+        norm = float(grad_norm)
+        return min(1.0, float(self.max_grad_norm) / (norm + 1e-6)) if math.isfinite(norm) else math.nan
 
     def _append(self, passes: list[dict[str, Any]], kind: str = "visits") -> None:
         columns = {name: [v for rows in passes for v in rows[name]] for name in passes[0] if name != "ids"}
@@ -340,8 +381,8 @@ def _check_same_settings(folder: Path, found: dict[str, Any], want: dict[str, An
     ]
     if differences:
         raise RecordError(
-            f"{folder} was made with other settings: {'; '.join(differences[:5])}. Go on with the recorded settings, or "
-            "choose a new folder."
+            f"{folder} was made with other settings: {'; '.join(differences[:5])}. Go on with the recorded settings, "
+            "or choose a new folder."
         )
 
 
@@ -369,12 +410,30 @@ def _as_ids(ids: Iterable[Any]) -> list[str]:
     return [str(i) for i in (ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids)]
 
 
+def _as_dict(config: Any) -> dict[str, Any]:
+    if isinstance(config, Mapping):
+        return dict(config)
+    if not is_dataclass(config) or isinstance(config, type):
+        raise RecordError(
+            f"config must be a mapping or a dataclass (of parsed arguments, vars(args)); found {type(config).__name__}."
+        )
+    return asdict(config)
+
+
+def _describe_scheduler(scheduler: Any) -> dict[str, Any]:
+    # Underscored settings are diffusers' own notes; the order of one of them differs from process to process.
+    settings = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {"class": type(scheduler).__name__, "config": _plain(settings)}
+
+
 def _plain(value: Any) -> Any:
     """Turn settings into what JSON can hold; anything else becomes its text."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted(str(v) for v in value)
     kept = isinstance(value, str | int | bool | None) or (isinstance(value, float) and math.isfinite(value))
     return value if kept else str(value)
 

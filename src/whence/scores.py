@@ -67,6 +67,8 @@ class Scores:
     """Optimizer steps at which the checkpoints were written."""
     details: dict[str, Any] = field(default_factory=dict)
     """The method's declaration, the settings, hashes of checkpoints and data, counts, and ``notes``."""
+    folder: Path | None = field(default=None, compare=False)
+    """Where they were loaded from."""
 
     @property
     def notes(self) -> list[str]:
@@ -167,6 +169,7 @@ class Scores:
             phase_timesteps=tuple((first, last) for first, last in manifest["phase_timesteps"]),
             checkpoint_steps=tuple(manifest["checkpoint_steps"]),
             details=manifest["details"],
+            folder=folder,
             **arrays,
         )
 

@@ -6,8 +6,9 @@ checkpoint to the same bytes. The optimizer step over a batch of n samples follo
 
 import json
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from jaxtyping import Float
@@ -20,13 +21,16 @@ from whence.diffusion.adapters import check_model, predict
 from whence.diffusion.noise import keyed_order
 from whence.diffusion.objectives import sample_loss
 from whence.diffusion.process import NoiseProcess
-from whence.errors import CheckpointError, ConfigError
+from whence.errors import CheckpointError, ConfigError, RecordError
 from whence.progress import progress_bar
 from whence.recorder import Recorder
 
 
 def make_model(settings: ModelSettings, data: ImageData, seed: int) -> Any:
     """Make a ``diffusers.UNet2DModel`` with weights that depend on the seed alone.
+
+    Returns:
+        The model, on the CPU.
 
     Raises:
         ConfigError: If the images cannot be halved once per level, or widths do not fit the norm groups.
@@ -37,16 +41,20 @@ def make_model(settings: ModelSettings, data: ImageData, seed: int) -> Any:
     factor = 2 ** (levels - 1)
     if data.height % factor or data.width % factor:
         raise ConfigError(
-            f"A model of {levels} levels halves its images {levels - 1} times, so their sides must be multiples of {factor}; "
-            f"found {data.width} x {data.height} pixels. Set another --resolution or fewer --widths."
+            f"A model of {levels} levels halves its images {levels - 1} times, so their sides must be multiples of "
+            f"{factor}; found {data.width} x {data.height} pixels. Set another --resolution or fewer --widths."
         )
     if any(width % settings.norm_groups for width in settings.widths):
-        raise ConfigError(f"Each width in {settings.widths} must be a multiple of norm_groups = {settings.norm_groups}.")
+        raise ConfigError(
+            f"Each width in {settings.widths} must be a multiple of norm_groups = {settings.norm_groups}."
+        )
     if not 0 <= settings.attention_levels <= levels:
-        raise ConfigError(f"attention_levels must be 0 to {levels}, the number of widths; found {settings.attention_levels}.")
+        raise ConfigError(
+            f"attention_levels must be 0 to {levels}, the number of widths; found {settings.attention_levels}."
+        )
     attention = [level >= levels - settings.attention_levels for level in range(levels)]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return diffusers.UNet2DModel(
             sample_size=(data.height, data.width),
             in_channels=data.channels,
@@ -74,6 +82,9 @@ def make_scheduler(settings: ModelSettings) -> Any:
 
 def checkpoint_steps(num_images: int, settings: TrainingSettings) -> list[int]:
     """Give the optimizer steps after which checkpoints are written: ends of epochs, spread evenly.
+
+    Returns:
+        As many steps as there are checkpoints, ascending.
 
     Raises:
         ConfigError: If there are more checkpoints than epochs, so that some interval would hold no whole epoch.
@@ -120,9 +131,13 @@ def train(
     _check_settings(settings, device)
     stops = checkpoint_steps(len(data), settings)
     model = make_model(model_settings, data, settings.seed).to(device)
-    loop = _Loop(folder, data, model, make_scheduler(model_settings), settings, stops[-1], device)
-    with loop.recorder, torch.random.fork_rng(devices=[]), progress_bar("train", stops[-1], "step", shown=show_progress) as bar:
-        torch.manual_seed(settings.seed)
+    loop = _Loop(folder, data, model, model_settings, settings, stops[-1], device)
+    with (
+        loop.recorder,
+        torch.random.fork_rng(devices=_cuda_devices(device)),
+        progress_bar("train", stops[-1], "step", shown=show_progress) as bar,
+    ):
+        _seed(settings.seed, device)
         checkpoint = loop.resume()
         bar.update(loop.recorder.last_step)
         while loop.recorder.last_step < stops[-1]:
@@ -140,7 +155,14 @@ class _Loop:
     """One training in progress: what an optimizer step changes, and how it is put away and fetched again."""
 
     def __init__(
-        self, folder: Path, data: ImageData, model: Any, scheduler: Any, settings: TrainingSettings, steps: int, device: str
+        self,
+        folder: Path,
+        data: ImageData,
+        model: Any,
+        model_settings: ModelSettings,
+        settings: TrainingSettings,
+        steps: int,
+        device: str,
     ):
         from diffusers.optimization import get_scheduler
 
@@ -150,6 +172,7 @@ class _Loop:
         self.model = model.train()
         self.settings = settings
         self.device = device
+        scheduler = make_scheduler(model_settings)
         self.process = NoiseProcess.from_scheduler(scheduler)
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -168,7 +191,7 @@ class _Loop:
             folder,
             scheduler=scheduler,
             optimizer=self.optimizer,
-            config=settings,
+            config=asdict(settings) | {"model": asdict(model_settings)},
             data_fingerprint=data.fingerprint,
             resume_from=_step_to_resume(folder, self.last),
         )
@@ -213,7 +236,7 @@ class _Loop:
         return self.recorder.save(
             self.model,
             ema=self.ema,
-            resume_tensors={"optimizer": optimizer, "rng": {"torch": torch.get_rng_state()}},
+            resume_tensors={"optimizer": optimizer, "rng": _rng_states(self.device)},
             resume_state={"learning_rates": self.learning_rates.state_dict(), "scaler": self.scaler.state_dict()},
         )
 
@@ -236,13 +259,11 @@ class _Loop:
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates.get_last_lr(), strict=True):
             group["lr"] = rate
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(load_file(folder / "rng.safetensors")["torch"])
         if self.ema is not None:
-            from diffusers.training_utils import EMAModel
-
-            saved = EMAModel.from_pretrained(self.last.weights_folder("ema"), type(self.model))
-            self.ema.load_state_dict(saved.state_dict())
-            self.ema.to(self.device)
+            averages = dict(load_model(self.last, "ema", device=self.device).named_parameters())
+            self.ema.shadow_params = [averages[name].detach() for name in parameters]
+            self.ema.optimization_step = self.last.step
+        _set_rng_states(load_file(folder / "rng.safetensors"), self.device)
         return self.last
 
     def _losses(self, rows: Tensor) -> Float[Tensor, " event"]:
@@ -269,6 +290,34 @@ def autocast(mixed_precision: str, device: str) -> Any:
     return torch.autocast(torch.device(device).type, torch.bfloat16 if mixed_precision == "bf16" else torch.float16)
 
 
+def _cuda_devices(device: str) -> list[int]:
+    """List the GPUs whose generator a training draws from (dropout): its own, or none."""
+    parsed = torch.device(device)
+    if parsed.type != "cuda":
+        return []
+    return [torch.cuda.current_device() if parsed.index is None else parsed.index]
+
+
+def _seed(seed: int, device: str) -> None:
+    """Seed the generators of the CPU and of the training's own GPU, and no others."""
+    torch.default_generator.manual_seed(seed)
+    for index in _cuda_devices(device):
+        torch.cuda.default_generators[index].manual_seed(seed)
+
+
+def _rng_states(device: str) -> dict[str, Tensor]:
+    states = {"torch": torch.get_rng_state()}
+    for index in _cuda_devices(device):
+        states["cuda"] = torch.cuda.get_rng_state(index)
+    return states
+
+
+def _set_rng_states(states: dict[str, Tensor], device: str) -> None:
+    torch.set_rng_state(states["torch"])
+    for index in _cuda_devices(device):
+        torch.cuda.set_rng_state(states["cuda"], index)
+
+
 def _steps_per_epoch(num_images: int, settings: TrainingSettings) -> int:
     return -(-num_images // settings.batch_size)
 
@@ -291,19 +340,33 @@ def _last_checkpoint(folder: Path) -> Checkpoint | None:
 
 def _step_to_resume(folder: Path, last: Checkpoint | None) -> int | None:
     if not (folder / "record" / "manifest.json").exists():
+        if last is not None:
+            raise RecordError(
+                f"{last.folder} is a checkpoint without the record of its training. Put record/ back to go on from it, "
+                "or train into a new folder."
+            )
         return None
     return last.step if last else 0
 
 
 def _check_settings(settings: TrainingSettings, device: str) -> None:
     positive = ("epochs", "batch_size", "checkpoints", "learning_rate", "max_grad_norm")
-    faults = [f"{name} must be above 0, found {getattr(settings, name)}" for name in positive if getattr(settings, name) <= 0]
+    faults = [
+        f"{name} must be above 0, found {getattr(settings, name)}" for name in positive if getattr(settings, name) <= 0
+    ]
+    hints = get_type_hints(TrainingSettings)
+    for name in ("loss", "schedule", "mixed_precision"):
+        if getattr(settings, name) not in get_args(hints[name]):
+            faults.append(f"{name} must be one of {', '.join(get_args(hints[name]))}, found {getattr(settings, name)}")
+    if settings.warmup_steps < 0:
+        faults.append(f"warmup_steps must not be negative, found {settings.warmup_steps}")
     if settings.micro_batch_size is not None and not 0 < settings.micro_batch_size <= settings.batch_size:
-        faults.append(f"micro_batch_size must be 1 to batch_size = {settings.batch_size}, found {settings.micro_batch_size}")
+        faults.append(
+            f"micro_batch_size must be 1 to batch_size = {settings.batch_size}, found {settings.micro_batch_size}"
+        )
     if settings.ema_decay is not None and not 0 < settings.ema_decay < 1:
         faults.append(f"ema_decay must lie between 0 and 1, found {settings.ema_decay}")
     if settings.mixed_precision == "fp16" and torch.device(device).type == "cpu":
         faults.append("mixed_precision fp16 needs a GPU; use bf16 or no on the CPU")
     if faults:
         raise ConfigError("; ".join(faults) + ".")
-

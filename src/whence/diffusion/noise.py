@@ -8,8 +8,8 @@ Philox 4x64 counter-based generator (Salmon et al. 2011), whose raw words are us
     word 2, 3   spare uniforms
     word 4...   pairs of uniforms, each pair two normals by the Box-Muller transform in float64, rounded to float32
 
-Only the generator's *raw* words are used: NumPy promises never to change them, while it may change how it makes normals of
-them. Normals are made for one sample at a time; a longer noise begins with the values of a shorter one.
+Only the generator's *raw* words are used: NumPy promises never to change them, while it may change how it makes normals
+of them. Normals are made for one sample at a time; a longer noise begins with the values of a shorter one.
 """
 
 import hashlib
@@ -94,7 +94,9 @@ def normals(key: int, shape: tuple[int, ...]) -> Float32[ndarray, "*shape"]:
     return pairs.reshape(-1)[:count].reshape(shape).astype(np.float32)
 
 
-def normals_of_keys(keys: Iterable[int] | UInt64[ndarray, " event"], shape: tuple[int, ...]) -> Float32[ndarray, "event *shape"]:
+def normals_of_keys(
+    keys: Iterable[int] | UInt64[ndarray, " event"], shape: tuple[int, ...]
+) -> Float32[ndarray, "event *shape"]:
     """Draw one sample's noise for each key and stack them along a new first axis."""
     noise = [normals(int(key), shape) for key in keys]
     return np.stack(noise) if noise else np.empty((0, *shape), np.float32)
@@ -102,6 +104,9 @@ def normals_of_keys(keys: Iterable[int] | UInt64[ndarray, " event"], shape: tupl
 
 def keyed_order(seed: int, position: int, num_items: int) -> ndarray:
     """Give a random order of ``num_items`` items, a pure function of (seed, position).
+
+    Returns:
+        A permutation of 0..num_items-1.
 
     Example:
         >>> sorted(keyed_order(seed=3, position=0, num_items=4).tolist())

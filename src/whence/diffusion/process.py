@@ -2,8 +2,8 @@ r"""The forward noising process of a discrete-time diffusion model.
 
     x_t = alpha_t x_0 + sigma_t noise,      alpha_t^2 + sigma_t^2 = 1
 
-``sigma`` is the standard deviation of the noise inside x_t; ``timestep`` an integer in 0..T-1. Whatever a model predicts
-(noise, velocity, clean image), its training target is made here and nowhere else.
+``sigma`` is the standard deviation of the noise inside x_t; ``timestep`` an integer in 0..T-1. Whatever a model
+predicts (noise, velocity, clean image), its training target is made here and nowhere else.
 """
 
 from dataclasses import dataclass
@@ -31,6 +31,9 @@ class NoiseProcess:
     def from_scheduler(cls, scheduler: Any) -> "NoiseProcess":
         """Read the process off a ``diffusers`` scheduler with discrete timesteps (DDPM, DDIM and their like).
 
+        Returns:
+            Its levels in float64 on the CPU.
+
         Raises:
             UnsupportedModelError: If the scheduler has no ``alphas_cumprod`` (flow matching), or its prediction type is
                 not one of epsilon, v_prediction and sample.
@@ -38,8 +41,8 @@ class NoiseProcess:
         name = type(scheduler).__name__
         if getattr(scheduler, "alphas_cumprod", None) is None:
             raise UnsupportedModelError(
-                f"whence needs a scheduler with discrete timesteps and alphas_cumprod; {name} has none (flow matching is "
-                "not supported yet). Train or trace with a DDPMScheduler."
+                f"whence needs a scheduler with discrete timesteps and alphas_cumprod; {name} has none (flow matching "
+                "is not supported yet). Train or trace with a DDPMScheduler."
             )
         prediction_type = scheduler.config.prediction_type
         if prediction_type not in get_args(PredictionType):
@@ -86,10 +89,13 @@ class NoiseProcess:
 
 
 def even_timesteps(first: int, last: int, count: int) -> Int[Tensor, " timestep"]:
-    """Give ``count`` timesteps spread evenly from ``first`` to ``last``, both included, rounded to integers
-    (halves to the even one).
+    """Give ``count`` timesteps spread evenly from ``first`` to ``last``, both included.
 
-    One timestep alone is the middle one. Rounded points may coincide where the range is short; they are kept.
+    They are rounded to integers, halves to the even one. One timestep alone is the middle one. Rounded points may
+    coincide where the range is short; they are kept.
+
+    Returns:
+        Timesteps in ascending order.
 
     Example:
         >>> even_timesteps(1, 999, 5).tolist()

@@ -5,6 +5,6 @@
     sinks      what is wanted of them: norms, dot products, the gradients themselves
 
 A *unit* is a run of consecutive events of a batch whose gradients are taken as one: a batch of ``event`` events in
-``unit`` units holds ``event / unit`` events in each. Layers are consumed as the backward pass reaches them, so at no time are
-the gradients of more than one layer in memory, but for a sink that collects them.
+``unit`` units holds ``event / unit`` events in each. Layers are consumed as the backward pass reaches them, so at no
+time are the gradients of more than one layer in memory, but for a sink that collects them.
 """

@@ -1,7 +1,7 @@
 """The contract of a layer kind."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
@@ -15,7 +15,8 @@ Call = tuple[Tensor, Tensor]
 class AbstractLayerFactors(ABC):
     """Per-unit gradients of one layer, from all calls of it in one pass.
 
-    A layer kind gives :meth:`materialise`; norms and dot products follow from it, and a kind may take a shorter way to them.
+    A layer kind gives :meth:`materialise`; norms and dot products follow from it, and a kind may take a shorter way to
+    them.
 
     Args:
         layer: The layer.
@@ -39,6 +40,7 @@ class AbstractLayerFactors(ABC):
 
     def norm_squared(self, names: list[str]) -> Float64[Tensor, " unit"]:
         """Squared length of each unit's gradient over the named parameters of this layer."""
+        # Not vector_norm: in float32 it adds one number after another, and is off by 1e-4 for a million of them.
         return sum(
             (self.gradients[name].flatten(1).square().sum(1).double() for name in names),
             start=torch.zeros(self.num_units, dtype=torch.float64, device=self.calls[0][1].device),
@@ -48,6 +50,13 @@ class AbstractLayerFactors(ABC):
         """Inner products of each unit's gradient with given vectors, added up over the named parameters."""
         products = [self.gradients[name].flatten(1) @ vector.T for name, vector in vectors.items()]
         return torch.stack(products).sum(0)
+
+    def _sum_calls(self, one_call: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Add up what ``one_call`` makes of each call's input and output gradient."""
+        total = one_call(*self.calls[0])
+        for inputs, grads in self.calls[1:]:
+            total += one_call(inputs, grads)
+        return total
 
     def _per_unit(self, events: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit member *rest"]:
         """Split the event axis into units and their members."""

@@ -13,10 +13,14 @@ class GroupNormFactors(AbstractLayerFactors):
     layer: nn.GroupNorm
 
     def materialise(self) -> dict[str, Float[Tensor, "unit *shape"]]:
-        weight = sum(self._sum(g * F.group_norm(a, self.layer.num_groups, eps=self.layer.eps)) for a, g in self.calls)
-        return {"weight": weight, "bias": sum(self._sum(g) for _, g in self.calls)}  # pyright: ignore[reportReturnType]
+        """Multiply output gradients with normalised inputs, and add up positions and calls."""
+        groups, eps = self.layer.num_groups, self.layer.eps
+        return {
+            "weight": self._sum_calls(lambda a, g: self._sum_positions(g * F.group_norm(a, groups, eps=eps))),
+            "bias": self._sum_calls(lambda a, g: self._sum_positions(g)),
+        }
 
-    def _sum(self, tensor: Float[Tensor, "event channel *position"]) -> Float[Tensor, "unit channel"]:
+    def _sum_positions(self, tensor: Float[Tensor, "event channel *position"]) -> Float[Tensor, "unit channel"]:
         return self._per_unit(tensor.flatten(2).sum(2) if tensor.ndim > 2 else tensor).sum(1)
 
 
@@ -26,10 +30,13 @@ class LayerNormFactors(AbstractLayerFactors):
     layer: nn.LayerNorm
 
     def materialise(self) -> dict[str, Float[Tensor, "unit *shape"]]:
-        shape = self.layer.normalized_shape
-        weight = sum(self._sum(g * F.layer_norm(a, shape, eps=self.layer.eps)) for a, g in self.calls)
-        return {"weight": weight, "bias": sum(self._sum(g) for _, g in self.calls)}  # pyright: ignore[reportReturnType]
+        """Multiply output gradients with normalised inputs, and add up positions and calls."""
+        shape, eps = self.layer.normalized_shape, self.layer.eps
+        gradients = {"weight": self._sum_calls(lambda a, g: self._sum_positions(g * F.layer_norm(a, shape, eps=eps)))}
+        if self.layer.bias is not None:
+            gradients["bias"] = self._sum_calls(lambda a, g: self._sum_positions(g))
+        return gradients
 
-    def _sum(self, tensor: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit *shape"]:
+    def _sum_positions(self, tensor: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit *shape"]:
         per_unit = self._per_unit(tensor)
         return per_unit.sum(tuple(range(1, per_unit.ndim - len(self.layer.normalized_shape))))

@@ -1,0 +1,417 @@
+"""What a source holds, as it lies there: its pictures not yet decoded, their ids, labels and captions not yet checked.
+
+A source is a file or folder (``find_images``) or a map-style data set in memory (``Items``). This module chooses the
+format, the split and the columns. ``_images`` decodes the pictures; ``data`` makes both into an ImageData, and reads
+files of float images by itself.
+"""
+
+import json
+import os
+import re
+import warnings
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from whence.config import DataSettings
+from whence.errors import DataError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+_DEMO_FILES = {"demo": "train.parquet", "demo-queries": "queries.parquet"}
+_METADATA = "metadata.jsonl"
+_Kind = Literal["image", "id", "label", "caption"]
+_NAMES: dict[_Kind, tuple[str, ...]] = {
+    "image": ("image", "images", "img", "pixel_values", "input"),
+    "id": ("id", "sample_id", "image_id"),
+    "label": ("label", "class"),
+    "caption": ("text", "caption", "prompt"),
+}
+_ACCEPTED = (
+    f"Accepted are: a folder of images or one image ({' '.join(IMAGE_SUFFIXES)}); a .parquet file or a folder of them; "
+    "a folder written by save_to_disk of Hugging Face datasets; a .safetensors file written by whence; or the words "
+    f"{' and '.join(_DEMO_FILES)}."
+)
+
+
+class Found(NamedTuple):
+    """What a file or folder holds: ``pictures`` gives one by ``[row]``; the rest is as found."""
+
+    pictures: Any
+    ids: Sequence[Any]
+    labels: Sequence[Any] | None
+    captions: Sequence[Any] | None
+
+
+# ---- folders and files
+
+
+def find_images(source: str | Path, settings: DataSettings) -> Found:
+    """Find the pictures of a path or of demo data, and what is said of them, without decoding any."""
+    path, name = Path(source), str(source)
+    if source in _DEMO_FILES:
+        path = Path(__file__).with_name("demo_data") / _DEMO_FILES[name]
+    elif not name or not path.exists():
+        raise DataError(f"{name!r} does not exist. {_ACCEPTED}")
+    if path.is_dir():
+        return _open_folder(path, settings, name)
+    if path.suffix.lower() == ".parquet":
+        return _open_parquet([path], settings, name)
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return _open_image_folder({path.name: path}, [], settings, name)
+    raise DataError(f"{path} is a file of another kind. {_ACCEPTED}")
+
+
+def _open_folder(folder: Path, settings: DataSettings, source: str) -> Found:
+    if (folder / "dataset_dict.json").is_file():
+        with _table_errors(source):
+            splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        return _open_folder(folder / _choose_split(splits, source), settings, source)
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return _open_saved(folder, settings, source)
+    paths = dict(sorted((path.relative_to(folder).as_posix(), path) for path in _walk(folder)))
+    images = {id_: path for id_, path in paths.items() if path.suffix.lower() in IMAGE_SUFFIXES}
+    tables = [path for path in paths.values() if path.suffix.lower() == ".parquet"]
+    if images and tables:
+        raise DataError(
+            f"{source} holds {len(images)} images and {len(tables)} parquet files, and either may be meant. "
+            "Give the file or the subfolder."
+        )
+    if tables:
+        split = _choose_split(sorted({_split_of(path, folder) for path in tables}), source)
+        return _open_parquet([path for path in tables if _split_of(path, folder) == split], settings, source)
+    if not images:
+        found = Counter(path.suffix or "no suffix" for path in paths.values())
+        files = ", ".join(f"{count} of {suffix}" for suffix, count in found.most_common(5)) or "none"
+        raise DataError(f"{source} holds no images; files found: {files}. {_ACCEPTED}")
+    return _open_image_folder(images, [path for path in paths.values() if path.name == _METADATA], settings, source)
+
+
+def _open_image_folder(images: dict[str, Path], metadata: list[Path], settings: DataSettings, source: str) -> Found:
+    ids: Sequence[Any] = list(images)
+    labels = [path.parent.name if "/" in id_ else "" for id_, path in images.items()]
+    captions = None
+    if metadata:
+        lines = _read_metadata(metadata, images, source)
+        columns = dict.fromkeys((key for line in lines for key in line), _NAMES)
+        if settings.id_column and (name := _choose_column("id", settings, columns, source)):
+            ids = [line.get(name) for line in lines]
+        if name := _choose_column("label", settings, columns, source):
+            labels = [as_text(line.get(name)) for line in lines]
+        if name := _choose_column("caption", settings, columns, source):
+            captions = [line.get(name) for line in lines]
+    else:
+        warn_of_columns(settings, source)
+    return Found(list(images.values()), ids, labels if any(labels) else None, captions)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """List files that are not hidden; follow links to folders, but none twice."""
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            yield from (Path(parent, name) for name in files if not name.startswith("."))
+        seen.add(real)
+
+
+def _read_metadata(metadata: list[Path], images: dict[str, Path], source: str) -> list[dict[str, Any]]:
+    """Read what metadata.jsonl files say of each image; the nearest one counts."""
+    lines: dict[str, dict[str, Any]] = {}
+    for path in sorted(metadata, key=lambda path: len(path.parts)):
+        # Not splitlines(), which also splits at separators that may stand inside a caption.
+        for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+                lines[os.path.normpath(path.parent / line["file_name"])] = line
+            except (ValueError, KeyError, TypeError):
+                raise DataError(
+                    f"Line {number} of {path} must be a JSON object with a file_name; found {text[:80]!r}."
+                ) from None
+    files = {os.path.normpath(path): id_ for id_, path in images.items()}
+    absent = [path for path in lines if path not in files]
+    unlisted = [files[path] for path in files if path not in lines]
+    if absent or unlisted:
+        raise DataError(
+            f"Every image of {source} needs a line in {_METADATA}, and every line an image. {len(absent)} lines have "
+            f"no image: {abbreviate(absent)}; {len(unlisted)} images have no line: {abbreviate(unlisted)}."
+        )
+    return [lines[path] for path in files]
+
+
+def _split_of(path: Path, folder: Path) -> str:
+    """Read the split from a file name such as train-00000-of-00004.parquet, or else from the folder."""
+    name = re.sub(r"[-_.]?\d+([-_.]of[-_.]\d+.*)?$", "", path.stem)
+    return name or path.parent.relative_to(folder).as_posix()
+
+
+def _choose_split(splits: Sequence[str], source: str) -> str:
+    if "train" in splits:
+        return "train"
+    if len(splits) == 1:
+        return splits[0]
+    raise DataError(
+        f"{source} has several splits and none is named train: {', '.join(splits)}. Give one of its folders."
+    )
+
+
+# ---- tables
+
+
+def _open_saved(folder: Path, settings: DataSettings, source: str) -> Found:
+    """Read what ``Dataset.save_to_disk`` wrote: Arrow streams, here mapped rather than read."""
+    with _table_errors(source):
+        state = json.loads((folder / "state.json").read_text())
+        if state.get("_indices_data_files"):
+            raise DataError(f"{source} was saved with a mapping of rows. Save it again with a present-day datasets.")
+        files = [pa.memory_map(str(folder / file["filename"])) for file in state["_data_files"]]
+        table = pa.concat_tables([pa.ipc.open_stream(file).read_all() for file in files])
+        return _open_table(table.schema, table.column, folder, settings, source)
+
+
+def _open_parquet(paths: list[Path], settings: DataSettings, source: str) -> Found:
+    with _table_errors(source):
+        schemas = [pq.ParquetFile(path, memory_map=True).schema_arrow for path in paths]
+        for path, schema in zip(paths, schemas, strict=True):
+            if not schema.equals(schemas[0]):
+                raise DataError(
+                    f"The parquet files of {source} must have the same columns; {path.name} differs from "
+                    f"{paths[0].name}. Give one of them."
+                )
+        return _open_table(schemas[0], lambda name: _ParquetRows(paths, name), paths[0].parent, settings, source)
+
+
+@contextmanager
+def _table_errors(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+        raise DataError(f"{source} is no readable table ({type(error).__name__}: {error}). Write it again.") from error
+
+
+def _open_table(
+    schema: pa.Schema, column: Callable[[str], Any], folder: Path, settings: DataSettings, source: str
+) -> Found:
+    """Open a table whose columns have ``len``, an Arrow value by ``[row]``, and ``to_pylist``."""
+    kinds = {field.name: _kinds_of(field.type) for field in schema}
+    names = {kind: _choose_column(kind, settings, kinds, source) for kind in _NAMES}
+    encoded = _Encoded(column(names["image"] or _only_image_column(schema, source)), folder)
+    ids = column(names["id"]).to_pylist() if names["id"] else _row_ids(len(encoded))
+    labels = captions = None
+    if names["label"]:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        classes = features.get(names["label"], {}).get("names")
+        labels = [as_text(value, classes) for value in column(names["label"]).to_pylist()]
+    if names["caption"]:
+        captions = column(names["caption"]).to_pylist()
+    return Found(encoded, ids, labels, captions)
+
+
+class _ParquetRows:
+    """One column of parquet files by row, read forward in small batches: a row group may be larger than memory."""
+
+    def __init__(self, paths: list[Path], column: str) -> None:
+        self._paths, self._column = paths, column
+        self._files = [pq.ParquetFile(path, memory_map=True) for path in paths]
+        self._groups = [(file, group) for file in self._files for group in range(file.num_row_groups)]
+        counts = [file.metadata.row_group(group).num_rows for file, group in self._groups]
+        self._firsts = [0, *accumulate(counts)]
+        self._group, self._start, self._batch, self._batches = -1, 0, (), iter(())
+
+    def __len__(self) -> int:
+        return self._firsts[-1]
+
+    def __getitem__(self, row: int) -> Any:
+        group = bisect_right(self._firsts, row) - 1
+        if group != self._group or row < self._start:
+            file, number = self._groups[group]
+            self._group, self._start, self._batch = group, self._firsts[group], ()
+            self._batches = file.iter_batches(batch_size=32, row_groups=[number], columns=[self._column])
+        while row >= self._start + len(self._batch):
+            self._start += len(self._batch)
+            self._batch = next(self._batches).column(0)
+        return self._batch[row - self._start]
+
+    def to_pylist(self) -> list[Any]:
+        return [value for file in self._files for value in file.read(columns=[self._column])[self._column].to_pylist()]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ParquetRows, (self._paths, self._column)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Encoded images from a column of bytes, or of bytes and path where the bytes may lie in a file of their own."""
+
+    rows: Any
+    folder: Path
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> bytes | Path:
+        value = self.rows[row].as_py()
+        value = value if isinstance(value, dict) else {"bytes": value}
+        if value["bytes"] is not None:
+            return value["bytes"]
+        if not value.get("path"):
+            raise DataError("its row holds no image")
+        return self.folder / value["path"]
+
+
+def _kinds_of(column: pa.DataType) -> set[_Kind]:
+    """Tell what a column of this type can hold."""
+    value = column.value_type if pa.types.is_dictionary(column) else column
+    if _is_image_struct(value) or pa.types.is_binary(value) or pa.types.is_large_binary(value):
+        return {"image"}
+    if pa.types.is_string(value) or pa.types.is_large_string(value):
+        return {"id", "label", "caption"}
+    return {"id", "label"} if pa.types.is_integer(value) or pa.types.is_boolean(value) else set()
+
+
+def _is_image_struct(column: pa.DataType) -> bool:
+    return pa.types.is_struct(column) and column.get_field_index("bytes") >= 0
+
+
+def _only_image_column(schema: pa.Schema, source: str) -> str:
+    """Find the column of images by its type, where no name tells."""
+    structs = [field.name for field in schema if _is_image_struct(field.type)]
+    found = structs or [field.name for field in schema if "image" in _kinds_of(field.type)]
+    if len(found) != 1:
+        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise DataError(
+            f"{source} must have one column of encoded images, as struct of bytes and path or as binary; found "
+            f"{len(found)} among its columns {columns}. Name one as image_column, or encode the images."
+        )
+    return found[0]
+
+
+# ---- data sets in memory
+
+
+class Items:
+    """The pictures of a map-style data set; notes what else an item says when it is read."""
+
+    def __init__(self, dataset: Any, num_items: int, settings: DataSettings, source: str) -> None:
+        self._dataset = dataset
+        self.ids: list[str] = _row_ids(num_items)
+        self.labels, self.captions = [""] * num_items, [""] * num_items
+        self._keys: dict[str, str] = {}
+        try:
+            first = dataset[0] if num_items else None
+        except Exception as error:
+            raise DataError(f"Item 0 of {source} cannot be read: {type(error).__name__}: {error}.") from error
+        if isinstance(first, Mapping):
+            columns = dict.fromkeys(first, _NAMES)
+            self._keys = {kind: key for kind in _NAMES if (key := _choose_column(kind, settings, columns, source))}
+            if "image" not in self._keys:
+                raise DataError(
+                    f"Items of {source} must have an image under one of the keys {', '.join(_NAMES['image'])}; found "
+                    f"{', '.join(map(str, first))}. Name the key as image_column."
+                )
+        else:
+            warn_of_columns(settings, source)
+        self._classes = _class_names(dataset, self._keys.get("label"))
+
+    def __getitem__(self, k: int) -> Any:
+        item = self._dataset[k]
+        if isinstance(item, Mapping):
+            values = {kind: _scalar(item[key]) for kind, key in self._keys.items()}
+            if "id" in values:
+                self.ids[k] = checked_ids([values["id"]], "its item")[0]
+            self.captions[k] = as_text(values.get("caption"))
+        elif isinstance(item, tuple | list):
+            values = dict(zip(("image", "label"), map(_scalar, item), strict=False))
+            if not isinstance(values.get("label"), str | int):
+                values["label"] = None
+        else:
+            values = {"image": item}
+        self.labels[k] = as_text(values.get("label"), self._classes)
+        return values.get("image")
+
+
+def _scalar(value: Any) -> Any:
+    """Unwrap a number from an array or tensor without axes."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def _class_names(dataset: Any, label_key: str | None) -> Sequence[str] | None:
+    """Find the names of integer labels where Hugging Face datasets and torchvision keep them."""
+    if label_key is None:
+        return getattr(dataset, "classes", None)
+    features = getattr(dataset, "features", None)
+    return getattr(features.get(label_key), "names", None) if isinstance(features, Mapping) else None
+
+
+# ---- ids and columns
+
+
+def checked_ids(ids: Iterable[Any], source: str) -> tuple[str, ...]:
+    """Turn whole numbers into text; refuse ids that could not stand in a list or file, or are not unique."""
+    texts = [str(id_) if isinstance(id_, int | np.integer) and not isinstance(id_, bool) else id_ for id_ in ids]
+    bad = [id_ for id_ in texts if not isinstance(id_, str) or not id_.isprintable() or not id_]
+    if bad:
+        raise DataError(
+            f"Ids must be whole numbers or non-empty printable text on one line; {source} has {len(bad)} others: "
+            f"{abbreviate(list(map(repr, bad)))}. Rename them, or name another id_column."
+        )
+    repeated = [id_ for id_, count in Counter(texts).items() if count > 1]
+    if repeated:
+        raise DataError(
+            f"Ids must be unique; {len(repeated)} are repeated in {source}: {abbreviate(repeated)}. Rename them, or "
+            "name another id_column."
+        )
+    return tuple(map(str, texts))
+
+
+def warn_of_columns(settings: DataSettings, source: str) -> None:
+    """Warn where the settings name columns and the source has none."""
+    named = [f"{kind}_column" for kind in _NAMES if getattr(settings, f"{kind}_column") is not None]
+    if named:
+        warnings.warn(f"{source} has no columns, so these settings have no effect: {', '.join(named)}.", stacklevel=4)
+
+
+def _choose_column(
+    kind: _Kind, settings: DataSettings, columns: Mapping[str, Collection[_Kind]], source: str
+) -> str | None:
+    """Choose the column that the settings name, or else one with a usual name, among those that can hold the kind."""
+    usable = [name for name, kinds in columns.items() if kind in kinds]
+    named = getattr(settings, f"{kind}_column")
+    if named is None:
+        return next((name for name in _NAMES[kind] if name in usable), None)
+    if named not in usable:
+        what = "encoded images" if kind == "image" else "text or whole numbers"
+        found = "no such column" if named not in columns else "a column of another type"
+        raise DataError(
+            f"{kind}_column={named} must name a column of {what}; {source} has {found}. Columns that can be used: "
+            f"{', '.join(map(str, usable))}."
+        )
+    return named
+
+
+def _row_ids(num_rows: int) -> list[str]:
+    return [f"row-{row:07}" for row in range(num_rows)]
+
+
+def as_text(value: Any, classes: Sequence[str] | None = None) -> str:
+    """Write a label or caption as text; -1 is what Hugging Face datasets give images without a class."""
+    if value is None or (classes is not None and value == -1):
+        return ""
+    return classes[value] if classes is not None and isinstance(value, int) else str(value)
+
+
+def abbreviate(ids: Sequence[Any], count: int = 5) -> str:
+    """List the first few in a message."""
+    return ", ".join(map(str, ids[:count])) + (", …" if len(ids) > count else "")

@@ -1,0 +1,364 @@
+"""The command line: it reads settings, calls the pipeline and prints. Errors that whence raises on purpose end with status 1.
+
+Heavy imports stand inside the commands, so that ``--help`` answers at once.
+"""
+
+import json as jsonlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from whence.config import DataSettings, LossName, ModelSettings, TraceSettings, TrainingSettings
+from whence.errors import WhenceError
+
+if TYPE_CHECKING:
+    from whence.scores import Scores
+
+Flat = tyro.conf.OmitArgPrefixes
+
+
+def demo(
+    out: Path = Path("whence-demo"),
+    *,
+    fresh: bool = False,
+    seed: int = 0,
+    loss: LossName = "l1",
+    json: bool = False,
+) -> None:
+    """Train a small model on bundled images, find what its images came from, and write a page about it.
+
+    Takes some minutes on two CPU cores. Run again, it uses what is there.
+
+    Args:
+        out: Folder of the run.
+        fresh: Remove an earlier demo in that folder and start over.
+        seed: Seed of training.
+        loss: Training loss.
+        json: Print the table as JSON.
+    """
+    from whence.demo import run_demo
+
+    _, page, table = run_demo(out, fresh=fresh, seed=seed, loss=loss)
+    _print_table(table["columns"], table["rows"], json, page=str(page), notes=table["notes"])
+
+
+def train(
+    data: Positional[str],
+    /,
+    *,
+    out: Path,
+    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008  frozen
+    model: Flat[ModelSettings] = ModelSettings(),  # noqa: B008
+    training: Flat[TrainingSettings] = TrainingSettings(),  # noqa: B008
+    device: str = "cpu",
+    json: bool = False,
+) -> None:
+    """Train a diffusers UNet2DModel with an exact record, or go on with a training that was interrupted.
+
+    Args:
+        data: Training images: a folder, a parquet file, a folder of datasets.save_to_disk, or demo.
+        out: Folder of the run.
+        data_settings: How images are read.
+        model: Architecture and noise schedule.
+        training: Optimizer, schedule, length, seed.
+        device: Torch device, for example cpu or cuda:0.
+        json: Print the result as JSON.
+    """
+    from whence.checkpoints import list_checkpoints
+    from whence.pipeline import train_run
+
+    run = train_run(out, data, data_settings=data_settings, model_settings=model, settings=training, device=device)
+    rows = [[c.step, str(c.folder)] for c in list_checkpoints(run.folder)]
+    _print_table(["step", "checkpoint"], rows, json)
+
+
+def trace(
+    model: Positional[Path],
+    /,
+    *,
+    queries: tuple[str, ...],
+    methods: tuple[str, ...] = ("tracin", "retrac"),
+    data: str | None = None,
+    out: Path | None = None,
+    loss: LossName | None = None,
+    allow_pickle: bool = False,
+    top: int = 5,
+    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
+    settings: Flat[TraceSettings] = TraceSettings(),  # noqa: B008
+    json: bool = False,
+) -> None:
+    """Rank the training images of a model for each query image.
+
+    Positive scores: training on the image lowered the query's loss. The scores stay in the run; `whence report` makes a page.
+
+    Args:
+        model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
+        queries: Query images: folders, files, or demo-queries.
+        methods: Any of tracin, retrac, grad-dot, grad-cos, pixels, random.
+        data: Training images. A run knows its own.
+        out: Folder for scores and report, where the model was not trained by whence.
+        loss: Training loss of a model without a record. Default: mse.
+        allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
+        top: Training images to print for each query.
+        data_settings: How images are read. Default: as the run did.
+        settings: Size of the grids, arithmetic, batch sizes.
+        json: Print the rankings as JSON.
+    """
+    from whence.pipeline import open_run
+
+    run = open_run(model, data=data, data_settings=_given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle)
+    scores = run.trace(queries, methods, settings)
+    _print_rankings(list(scores.values()), top, json)
+
+
+def self_(
+    run: Positional[Path],
+    /,
+    *,
+    kind: Literal["self_norm", "self_expected"] = "self_norm",
+    method: Literal["tracin", "retrac"] = "tracin",
+    top: int = 10,
+    settings: Flat[TraceSettings] = TraceSettings(),  # noqa: B008
+    json: bool = False,
+) -> None:
+    """Rank the training images of a run by their influence on themselves: outliers, mislabelled, memorised ones.
+
+    Args:
+        run: A run of whence.
+        kind: self_norm: sum of weight x squared gradient length. self_expected: inner product with the sample's mean gradient
+            over a grid of timesteps and draws, which costs that many passes more.
+        method: For self_expected: retrac brings both sides to length 1.
+        top: Training images to print.
+        settings: The grid of self_expected, arithmetic, batch size.
+        json: Print the ranking as JSON.
+    """
+    from whence.pipeline import open_run
+
+    opened = open_run(run)
+    cost = opened.self_influence_cost(kind, settings)
+    print(f"{kind}: {cost.sample_passes:,} sample-passes", file=sys.stderr)
+    scores = opened.self_influence(kind, settings, method=method)
+    rows = [[e.rank, e.train_id, e.score] for e in scores.top(0, top)]
+    _print_table(["rank", "train id", scores.method], rows, json)
+
+
+def report(run: Positional[Path], /, *, planted: str | None = None, k: int = 10, json: bool = False) -> None:
+    """Write a page about what was traced last.
+
+    Args:
+        run: A run with scores.
+        planted: Label of a group of training images, to measure how well it is found for queries of the same label.
+        k: Images in each ranking.
+        json: Print the path as JSON.
+    """
+    from whence.pipeline import open_run
+
+    page = open_run(run).report(planted=planted, k=k)
+    if planted is None:
+        print(jsonlib.dumps({"page": str(page)}) if json else page)
+    else:
+        table = jsonlib.loads((run / "evaluation" / "retrieval.json").read_text())
+        _print_table(table["columns"], table["rows"], json, page=str(page), notes=table["notes"])
+
+
+def check(run: Positional[Path], /, *, device: str = "cpu", json: bool = False) -> None:
+    """Check that the record explains training: checksums, keys, and losses replayed at each checkpoint.
+
+    Ends with status 1 where a check fails.
+
+    Args:
+        run: A run with a record.
+        device: Torch device.
+        json: Print the verdicts as JSON.
+    """
+    from whence.pipeline import open_run
+
+    rows = open_run(run).check(device=device)
+    _print_table(
+        ["what", "verdict", "visits", "detail"], [[r.what, r.verdict, r.checked, r.detail] for r in rows], json
+    )
+    if any(row.verdict == "failed" for row in rows):
+        sys.exit(1)
+
+
+def show(
+    path: Positional[Path],
+    /,
+    *,
+    events: tuple[str, ...] = (),
+    method: Literal["tracin", "retrac", "grad-dot", "grad-cos"] = "retrac",
+    replay: Literal["last", "all"] = "last",
+    checkpoint: int = -1,
+    npz: Path | None = None,
+    top: int = 5,
+    json: bool = False,
+) -> None:
+    """Show what is in a run, a record, a checkpoint folder or a folder of scores; or the events of training images.
+
+    Args:
+        path: What to look at.
+        events: Ids of training images whose events are shown: timestep, noise key, flip, weight.
+        method: Method whose training events these are.
+        replay: Which visits, for methods that replay.
+        checkpoint: Number of the checkpoint, from 0; -1 is the last.
+        npz: Also write the events' arrays to this file: clean, noise, noisy (x_t), target, timesteps, weight.
+        top: Training images to print for each query of scores.
+        json: Print as JSON.
+    """
+    if events:
+        _show_events(path, events, method, replay, checkpoint, npz, json)
+    elif (path / "scores.safetensors").exists():
+        from whence.scores import Scores
+
+        _print_rankings([Scores.load(path)], top, json)
+    else:
+        _print_table(["what", "value"], _contents(path), json)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; exit with status 1 on an error that has a remedy, 2 on a wrong command line."""
+    commands = {
+        "demo": demo,
+        "train": train,
+        "trace": trace,
+        "self": self_,
+        "report": report,
+        "check": check,
+        "show": show,
+    }
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="whence",
+            description="Which training images made this one? Data attribution for diffusion models.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except WhenceError as error:
+        sys.exit(f"whence: {error}")
+    except KeyboardInterrupt:
+        print("\nwhence: stopped; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        sys.exit(
+            f"whence: {error.strerror or error}{place}. What was finished is kept; once this is solved, the same command goes "
+            "on from there."
+        )
+
+
+def _given(settings: DataSettings) -> DataSettings | None:
+    """Tell settings apart from none at all."""
+    return None if settings == DataSettings() else settings
+
+
+def _show_events(
+    path: Path,
+    ids: Sequence[str],
+    method: str,
+    replay: Literal["last", "all"],
+    checkpoint: int,
+    npz: Path | None,
+    json: bool,
+) -> None:
+    import numpy as np
+
+    from whence.methods import METHODS, Method, Replay
+    from whence.pipeline import open_run
+
+    declared = METHODS[method]
+    assert isinstance(declared, Method)  # the choices of --method
+    plan = declared.train
+    if isinstance(plan.events, Replay):
+        plan = replace(plan, events=Replay(replay))
+    run = open_run(path)
+    table, batch = run.events(plan, ids, checkpoint=checkpoint)
+    rows = [
+        [run.train_images.ids[row], int(t), f"{key:016x}", bool(flip), float(loss_weight), float(weight)]
+        for row, t, key, flip, loss_weight, weight in zip(
+            table.row, table.timestep, table.noise_key, table.flip, table.loss_weight, table.weight, strict=True
+        )
+    ]
+    if npz is not None:
+        np.savez(npz, **{name: array.numpy() for name, array in vars(batch).items()})
+    _print_table(["train id", "timestep", "noise key", "flip", "loss weight", "weight"], rows, json)
+
+
+def _contents(path: Path) -> list[list[Any]]:
+    """Say what lies in a folder."""
+    from whence.checkpoints import list_checkpoints
+    from whence.errors import CheckpointError
+    from whence.record import Record
+
+    rows: list[list[Any]] = []
+    record_folder = path if (path / "manifest.json").exists() else path / "record"
+    if (record_folder / "manifest.json").exists():
+        record = Record.open(record_folder)
+        visits = record.visits
+        rows += [
+            ["visits", len(visits)],
+            ["training images visited", len(record.sample_ids)],
+            ["optimizer steps", int(visits.step.max()) if len(visits) else 0],
+            ["loss", record.manifest["loss"]],
+            ["prediction type", record.manifest["prediction_type"]],
+            ["seed", record.manifest["seed"]],
+            ["data fingerprint", record.manifest["data_fingerprint"]],
+        ]
+    try:
+        rows += [[f"checkpoint {c.step}", str(c.folder)] for c in list_checkpoints(path)]
+    except CheckpointError:
+        if not rows:
+            raise
+    for manifest in sorted((path / "scores").glob("*/manifest.json")):
+        content = jsonlib.loads(manifest.read_text())
+        size = f"{len(content['query_ids'])} queries x {len(content['train_ids'])} training images"
+        rows.append([f"scores {content['method']}", f"{size}, {manifest.parent}"])
+    if (path / "report" / "index.html").exists():
+        rows.append(["report", str(path / "report" / "index.html")])
+    return rows
+
+
+def _print_rankings(scores: "Sequence[Scores]", top: int, json: bool) -> None:
+    rows = [
+        [s.method, query_id, e.rank, e.train_id, e.score]
+        for s in scores
+        for row, query_id in enumerate(s.query_ids)
+        for e in s.top(row, top)
+    ]
+    notes = list(dict.fromkeys(note for s in scores for note in s.notes))
+    folders = {s.method: str(s.folder) for s in scores}
+    _print_table(["method", "query", "rank", "train id", "score"], rows, json, notes=notes, scores=folders)
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], json: bool, **extra: Any) -> None:
+    """Print rows in columns, or one JSON object with the rows as objects."""
+    if json:
+        table = [dict(zip(columns, row, strict=True)) for row in rows]
+        print(jsonlib.dumps({"rows": table, **extra}, indent=1))
+        return
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(c[i]) for c in [*cells, list(columns)]) for i in range(len(columns))]
+    for line in [list(columns), ["-" * w for w in widths], *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for name, value in extra.items():
+        _print_extra(name, value)
+
+
+def _print_extra(name: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        print(*(f"{name} of {key}: {inner}" for key, inner in value.items()), sep="\n")
+    elif isinstance(value, list):
+        print(*(f"note: {note}" for note in value), sep="\n") if value else None
+    else:
+        print(f"{name}: {value}")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

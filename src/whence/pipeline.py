@@ -1,0 +1,398 @@
+"""The order of the stages, over one folder: a *run*.
+
+    run/ config.yaml  record/  checkpoints/  generated/  scores/  report/  cache/
+
+``config.yaml`` says where the images are and how they are read, and, for a model that whence did not train, where that is.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from whence._files import publish_file, write_json
+from whence.attribution import trace
+from whence.checkpoints import list_checkpoints, load_model, load_scheduler
+from whence.config import DataSettings, LossName, ModelSettings, TraceSettings, TrainingSettings
+from whence.data import ImageData, concatenate, open_images, save_arrays
+from whence.errors import ConfigError, DataError, ScoresError
+from whence.evaluation import retrieval_table
+from whence.events import EventBatch, EventTable, Replays, grid_events, make_batch
+from whence.methods import GradientPlan, Grid, Method, method_by_name
+from whence.record import Record
+from whence.replay_check import CheckRow, check_run
+from whence.report import write_report
+from whence.sampling import sample_images
+from whence.scores import Scores
+from whence.self_influence import Kind, SelfInfluenceCost, self_influence, self_influence_cost
+from whence.subject import Subject
+from whence.training import train
+
+FORMAT_VERSION = 1
+
+BUNDLED = ("demo", "demo-queries")
+"""Sources that come with whence."""
+
+Images = str | Path | ImageData | Sequence[str | Path | ImageData]
+"""Where images come from: a source, opened images, or several of these."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder with a model's training, or with what was traced from a model that others trained.
+
+    Open one with :func:`open_run`, make one with :func:`train_run`.
+    """
+
+    folder: Path
+    data_source: str
+    data_settings: DataSettings
+    model: Path
+    """Where the checkpoints are: the run itself, or a folder of someone else's."""
+    loss: LossName
+    allow_pickle: bool = False
+
+    @cached_property
+    def train_images(self) -> ImageData:
+        """The training images."""
+        return open_images(self.data_source, self.data_settings)
+
+    @cached_property
+    def record(self) -> Record | None:
+        """The record of training, or None."""
+        folder = self.model / "record"
+        return Record.open(folder) if (folder / "manifest.json").exists() else None
+
+    @cached_property
+    def subject(self) -> Subject:
+        """What is traced."""
+        return Subject(list_checkpoints(self.model), self.train_images, self.record, self.loss, self.allow_pickle)
+
+    def open_queries(self, queries: Images) -> ImageData:
+        """Open query images and read them at the size of the training images."""
+        parts = [queries] if isinstance(queries, str | Path | ImageData) else list(queries)
+        if not parts:
+            raise ConfigError("Give at least one query image.")
+        columns = dict.fromkeys(("image_column", "id_column", "label_column", "caption_column"))
+        settings = replace(self.data_settings, **columns)
+        return concatenate([p if isinstance(p, ImageData) else open_images(p, settings) for p in parts])
+
+    def trace(
+        self,
+        queries: Images,
+        methods: Sequence[str] = ("tracin", "retrac"),
+        settings: TraceSettings | None = None,
+        *,
+        show_progress: bool = True,
+        **changes: Any,
+    ) -> dict[str, Scores]:
+        """Score every training image for every query.
+
+        Args:
+            queries: Query images, or where they are.
+            methods: Names of methods.
+            settings: Size of the grids and the like. Default: those of Diffusion-ReTrac, 100 timesteps x 16 draws.
+            show_progress: Show a progress bar.
+            **changes: Single settings by name, as ``timesteps=16``.
+
+        Returns:
+            Scores by method name. They are also in ``scores/``, and are not computed again.
+        """
+        settings = replace(settings or TraceSettings(), **changes)
+        images = self.open_queries(queries)
+        declared = [method_by_name(name) for name in methods]
+        scores = trace(self.subject, images, declared, settings, self.folder, show_progress=show_progress)
+        write_json(
+            self.folder / "scores" / "latest.json",
+            {
+                "folders": [s.folder.name for s in scores.values() if s.folder],
+                "queries": _sources(queries),
+                "settings": asdict(settings),
+            },
+        )
+        return scores
+
+    def self_influence_cost(self, kind: Kind, settings: TraceSettings) -> SelfInfluenceCost:
+        """Count what :meth:`self_influence` costs."""
+        return self_influence_cost(self.subject, kind, settings)
+
+    def self_influence(
+        self,
+        kind: Kind = "self_norm",
+        settings: TraceSettings | None = None,
+        *,
+        method: str = "tracin",
+        show_progress: bool = True,
+    ) -> Scores:
+        """Score every training image for itself; see :mod:`whence.self_influence`."""
+        declared = method_by_name(method)
+        if declared.name not in ("tracin", "retrac") or not isinstance(declared, Method):
+            raise ConfigError(f"Self-influence is defined for tracin and retrac, not for {method}.")
+        return self_influence(
+            self.subject, kind, settings or TraceSettings(), self.folder, method=declared, show_progress=show_progress
+        )
+
+    def check(self, *, device: str = "cpu") -> list[CheckRow]:
+        """Compare the record with itself and with the checkpoints; see :mod:`whence.replay_check`.
+
+        Raises:
+            RecordError: If there is no record, or it is damaged or of other images.
+        """
+        record = self.record or Record.open(self.model / "record")  # raises, saying what is missing
+        return check_run(replace(self.subject, record=record), device=device)
+
+    def events(
+        self, plan: GradientPlan, ids: Sequence[str], *, checkpoint: int = -1, seed: int = 0
+    ) -> tuple[EventTable, EventBatch]:
+        """Hand out the events at which training samples are taken, as arrays; see :func:`events`."""
+        checkpoints = self.subject.checkpoints
+        rows = self.train_images.rows(ids)
+        process = self.subject.process
+        if isinstance(plan.events, Grid):
+            table = grid_events(self.train_images, rows, "train", plan.events, process.num_timesteps, seed)
+        else:
+            replays = Replays(self.record or Record.open(self.model / "record"), self.train_images)
+            index = range(len(checkpoints))[checkpoint]
+            after = checkpoints[index - 1].step if index else 0
+            everything = replays.events(after, checkpoints[index].step, plan.events, "learning_rate")
+            table = everything.take(np.concatenate([np.flatnonzero(everything.row == row) for row in rows]))
+        return table, make_batch(table, self.train_images, process)
+
+    def sample(self, count: int, *, steps: int = 50, seed: int = 0, show_progress: bool = True) -> Path:
+        """Sample images from the last checkpoint into ``generated/``; what is there already is not sampled again.
+
+        Returns:
+            A file that opens as images, with all its decimals.
+        """
+        path = self.folder / "generated" / f"ddim{steps}-{count}-seed{seed}.safetensors"
+        if not path.exists():
+            last = self.subject.checkpoints[-1]
+            ids = [f"generated-{k}" for k in range(count)]
+            images = sample_images(
+                load_model(last), load_scheduler(last), ids, steps=steps, seed=seed, show_progress=show_progress
+            )
+            save_arrays(path, images, ids, ["generated"] * count)
+        return path
+
+    def load_scores(self, queries: ImageData | None = None) -> tuple[list[Scores], ImageData, dict[str, Any]]:
+        """Load what was traced last: scores, queries, settings.
+
+        Args:
+            queries: The queries, where they were given to :meth:`trace` as opened images.
+
+        Raises:
+            ScoresError: If nothing was traced, or the queries are not where they were.
+        """
+        path = self.folder / "scores" / "latest.json"
+        if not path.exists():
+            raise ScoresError(f"{self.folder} has no scores yet. Make some with `whence trace`.")
+        latest = json.loads(path.read_text())
+        scores = [Scores.load(self.folder / "scores" / name) for name in latest["folders"]]
+        if queries is not None:
+            return scores, queries, latest["settings"]
+        if None in latest["queries"]:
+            raise ScoresError("The queries were given as opened images, not as files; pass them as queries=....")
+        try:
+            return scores, self.open_queries(latest["queries"]), latest["settings"]
+        except DataError as error:
+            raise ScoresError(f"The queries of the last trace cannot be opened again: {error}") from error
+
+    def report(
+        self, *, queries: ImageData | None = None, planted: str | None = None, notes: Sequence[str] = (), k: int = 10
+    ) -> Path:
+        """Write ``report/index.html`` about what was traced last.
+
+        Args:
+            queries: The queries, where they were given to :meth:`trace` as opened images.
+            planted: Label of a group of training images whose retrieval is measured; the table goes on top of the page and
+                into ``evaluation/retrieval.json``.
+            notes: Lines to put below that table.
+            k: Images in each ranking.
+
+        Returns:
+            The page.
+        """
+        scores, opened, settings = self.load_scores(queries)
+        table = None
+        if planted is not None:
+            table = retrieval_table(scores, self.train_images, opened, planted, k)
+            table["notes"] += notes
+            write_json(self.folder / "evaluation" / "retrieval.json", table)
+        return write_report(
+            self.folder / "report" / "index.html",
+            title="Which training images made these?",
+            scores=scores,
+            train=self.train_images,
+            queries=opened,
+            summary=table,
+            settings=self.settings() | {"trace": settings},
+            k=k,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Give the content of ``config.yaml``, and the training settings of the record."""
+        config = yaml.safe_load((self.folder / "config.yaml").read_text())
+        return config | ({"training": self.record.manifest["config"]} if self.record else {})
+
+
+def open_run(
+    path: str | Path,
+    *,
+    data: str | None = None,
+    data_settings: DataSettings | None = None,
+    out: str | Path | None = None,
+    loss: LossName | None = None,
+    allow_pickle: bool = False,
+) -> Run:
+    """Open a run, or a model that others trained.
+
+    Args:
+        path: A run of whence, a training output folder of ``diffusers``, a checkpoint, a saved pipeline or model.
+        data: Source of the training images. Needed for a foreign model; a run knows its own.
+        data_settings: How they are read. Default: as the run did.
+        out: Folder for scores and report of a foreign model.
+        loss: Training loss of a foreign model. Default: mse, as in the training scripts of ``diffusers``.
+        allow_pickle: Also read ``.bin`` weights.
+
+    Returns:
+        The run; nothing of the model is loaded yet.
+
+    Raises:
+        ConfigError: If something is missing or contradicts what is known.
+    """
+    folder = Path(path)
+    if (folder / "config.yaml").exists():
+        return _known_run(folder, data, data_settings, out, loss, allow_pickle)
+    checkpoints = list_checkpoints(folder)  # raises, saying what is accepted
+    record = folder / "record" / "manifest.json"
+    recorded = json.loads(record.read_text()) if record.exists() else None
+    if data is None:
+        raise ConfigError(f"{folder} does not say what it was trained on; give the training images with --data.")
+    if out is None and recorded is None:
+        raise ConfigError(
+            f"{folder} was not made by whence, so it is left as it is; say with --out where scores shall go."
+        )
+    if recorded and loss and loss != recorded["loss"]:
+        raise ConfigError(f"{folder} was trained with the loss {recorded['loss']}, by its record; leave --loss out.")
+    run = Run(
+        Path(out) if out else folder,
+        data,
+        data_settings or DataSettings(),
+        folder,
+        recorded["loss"] if recorded else loss or "mse",
+        allow_pickle,
+    )
+    assert checkpoints
+    _write_config(run)
+    return run
+
+
+def train_run(
+    folder: str | Path,
+    data: str,
+    *,
+    data_settings: DataSettings | None = None,
+    model_settings: ModelSettings | None = None,
+    settings: TrainingSettings | None = None,
+    device: str = "cpu",
+    show_progress: bool = True,
+) -> Run:
+    """Train a model with a record, or go on with an interrupted training.
+
+    Args:
+        folder: The run.
+        data: Source of the training images.
+        data_settings: How they are read.
+        model_settings: Architecture and noise schedule.
+        settings: Optimizer, schedule, length, seed.
+        device: Torch device.
+        show_progress: Show a progress bar.
+
+    Returns:
+        The run, ready to be traced.
+    """
+    settings = settings or TrainingSettings()
+    run = Run(Path(folder), data, data_settings or DataSettings(), Path(folder), settings.loss)
+    images = run.train_images  # opened first, so that nothing is written where the images are at fault
+    _write_config(run)
+    train(run.folder, images, model_settings or ModelSettings(), settings, device=device, show_progress=show_progress)
+    return run
+
+
+def events(
+    plan: GradientPlan, ids: Sequence[str], run: Run, *, checkpoint: int = -1, seed: int = 0
+) -> tuple[EventTable, EventBatch]:
+    """Hand out noise, timestep, x_t, target and weight of training samples' events, so that a score can be checked by hand.
+
+    Args:
+        plan: Which events, as in a method's declaration: ``RETRAC.train``, or one of your own.
+        ids: Ids of training samples.
+        run: Where they were trained.
+        checkpoint: Number of the checkpoint, as a list index; for replays.
+        seed: Seed of the noise of a grid.
+
+    Returns:
+        The events by their keys, and the arrays, in the order of the ids, then of training.
+    """
+    return run.events(plan, ids, checkpoint=checkpoint, seed=seed)
+
+
+def _known_run(
+    folder: Path,
+    data: str | None,
+    data_settings: DataSettings | None,
+    out: str | Path | None,
+    loss: LossName | None,
+    allow_pickle: bool,
+) -> Run:
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        run = Run(
+            folder,
+            config["data"]["source"],
+            DataSettings(**config["data"]["settings"]),
+            folder / config["model"],
+            config["loss"],
+            allow_pickle or config["allow_pickle"],
+        )
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise ConfigError(f"{folder / 'config.yaml'} is not a configuration of whence: {error!r}.") from error
+    if loss is not None and loss != run.loss:
+        raise ConfigError(f"{folder} has the loss {run.loss}; --loss {loss} contradicts it. Leave it out.")
+    return replace(
+        run,
+        folder=Path(out) if out else folder,
+        data_source=data or run.data_source,
+        data_settings=data_settings or run.data_settings,
+    )
+
+
+def _write_config(run: Run) -> None:
+    """Write config.yaml, the same for the same settings."""
+    config = {
+        "format_version": FORMAT_VERSION,
+        "whence": version("whence"),
+        "model": "." if run.model == run.folder else str(run.model.resolve()),
+        "data": {"source": _absolute(run.data_source), "settings": asdict(run.data_settings)},
+        "loss": run.loss,
+        "allow_pickle": run.allow_pickle,
+    }
+    with publish_file(run.folder / "config.yaml") as partial:
+        partial.write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def _sources(queries: Images) -> list[str | None]:
+    """Name the sources of queries, None where they were given as opened images."""
+    parts = [queries] if isinstance(queries, str | Path | ImageData) else list(queries)
+    return [None if isinstance(p, ImageData) else _absolute(p) for p in parts]
+
+
+def _absolute(source: str | Path) -> str:
+    """Make a path findable from anywhere; names of images that come with whence stay."""
+    return str(source) if str(source) in BUNDLED else str(Path(source).resolve())

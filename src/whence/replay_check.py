@@ -1,0 +1,121 @@
+"""The replay check: does the record explain the losses that training saw?
+
+Every visit's noise key, timestep and flip must be what its seed, step and id give; and the losses of the first optimizer step
+after each checkpoint, computed anew at that checkpoint, must equal the recorded ones to the precision of their type. One altered
+key, flip, weight or image, an exchanged caption or a stale latent makes it fail.
+"""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from whence.checkpoints import Checkpoint, check_files, load_model
+from whence.diffusion.adapters import check_model, predict
+from whence.diffusion.noise import drawn_flip, drawn_timestep, noise_key
+from whence.diffusion.objectives import sample_loss
+from whence.events import make_batch
+from whence.record import Record, Visits
+from whence.subject import Subject
+from whence.training import autocast
+
+TOLERANCE = {"no": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
+"""Relative difference of a loss that is put down to rounding, by autocast type."""
+
+Verdict = Literal["passed", "failed", "not checkable"]
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """Verdict on one part of a run."""
+
+    what: str
+    verdict: Verdict
+    checked: int
+    """Visits looked at."""
+    detail: str
+
+
+def check_run(subject: Subject, *, device: str = "cpu") -> list[CheckRow]:
+    """Check the keys of all visits, then replay one optimizer step at each checkpoint.
+
+    Files are compared with their checksums when they are opened, which raises on its own.
+
+    Args:
+        subject: A run with a record; opening it has compared the images with the record.
+        device: Torch device.
+
+    Returns:
+        One row for the keys, one per checkpoint.
+    """
+    record, replays = subject.record, subject.replays
+    assert record is not None and replays is not None  # the caller has opened a record
+    return [_check_keys(record, subject.process.num_timesteps)] + [
+        _replay(subject, checkpoint, device) for checkpoint in subject.checkpoints
+    ]
+
+
+def as_table(rows: list[CheckRow]) -> list[dict[str, Any]]:
+    """Give the rows as plain data."""
+    return [asdict(row) for row in rows]
+
+
+def _check_keys(record: Record, num_timesteps: int) -> CheckRow:
+    faults = []
+    seed, drawn_by_key = record.manifest["seed"], bool(record.visits.flip.any())
+    for visits in (record.visits, record.probes):
+        seen: Counter[tuple[int, str]] = Counter()
+        for i in range(len(visits)):
+            sample_id, step = record.sample_ids[visits.sample[i]], int(visits.step[i])
+            key = noise_key(seed, "record", "train", sample_id, step, occurrence=seen[step, sample_id])
+            seen[step, sample_id] += 1
+            timestep = drawn_timestep(key, num_timesteps)
+            if key != visits.noise_key[i] or timestep != visits.model_time[i]:
+                faults.append(f"step {step}, {sample_id}: key or timestep")
+            elif drawn_by_key and bool(visits.flip[i]) != drawn_flip(key):
+                faults.append(f"step {step}, {sample_id}: flip")
+    checked = len(record.visits) + len(record.probes)
+    if faults:
+        return CheckRow("keys", "failed", checked, f"{len(faults)} visits differ, for example {'; '.join(faults[:3])}")
+    return CheckRow("keys", "passed", checked, "every key, timestep and flip follows from seed, step and id")
+
+
+def _replay(subject: Subject, checkpoint: Checkpoint, device: str) -> CheckRow:
+    record = subject.record
+    assert record is not None
+    what = f"checkpoint {checkpoint.step}"
+    visits = record.visits_of_step(checkpoint.step + 1)
+    if not len(visits):
+        return CheckRow(what, "not checkable", 0, f"no pass of step {checkpoint.step + 1} is on record")
+    check_files(checkpoint)
+    model = load_model(checkpoint, allow_pickle=subject.allow_pickle, device=device)
+    check_model(model)
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        return CheckRow(what, "not checkable", len(visits), "the model has dropout, whose draws are not on record")
+    found = _losses(subject, model.train(), visits, device)
+    precision = record.manifest["mixed_precision"]
+    difference = np.abs(found - visits.loss) / np.maximum(np.abs(visits.loss), 1e-3)
+    worst = int(np.argmax(difference))
+    detail = f"largest relative difference of a loss {difference[worst]:.1e}, allowed {TOLERANCE[precision]:.0e}"
+    if difference[worst] <= TOLERANCE[precision]:
+        return CheckRow(what, "passed", len(visits), detail)
+    sample_id = record.sample_ids[visits.sample[worst]]
+    detail += f"; at {sample_id} the record says {visits.loss[worst]:.6f}, the replay gives {found[worst]:.6f}"
+    return CheckRow(what, "failed", len(visits), detail)
+
+
+def _losses(subject: Subject, model: Any, visits: Visits, device: str) -> np.ndarray:
+    """Repeat the forward passes of one step, with the same batches."""
+    assert subject.replays is not None and subject.record is not None
+    losses = []
+    for micro_batch in np.unique(visits.micro_batch):
+        table = subject.replays.table(visits.where(visits.micro_batch == micro_batch))
+        batch = make_batch(table, subject.train, subject.process, device=device)
+        with torch.no_grad(), autocast(subject.record.manifest["mixed_precision"], device):
+            prediction = predict(model, batch.noisy, batch.timesteps)
+        loss = sample_loss(prediction.float(), batch.target, subject.loss) * batch.loss_weight
+        losses.append(loss.cpu().numpy())
+    return np.concatenate(losses)

@@ -1,0 +1,45 @@
+"""Sampling images from a model, reproducibly: each from the noise of its own key."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from numpy import ndarray
+
+from whence.diffusion.adapters import predict
+from whence.diffusion.noise import noise_key, normals_of_keys
+from whence.progress import progress_bar
+
+
+def sample_images(
+    model: Any, scheduler: Any, ids: list[str], *, steps: int = 50, seed: int = 0, show_progress: bool = True
+) -> Float32[ndarray, "sample channel height width"]:
+    """Sample with DDIM (eta = 0), so that an image depends on the model and its noise key alone.
+
+    Args:
+        model: A denoising model in evaluation mode.
+        scheduler: The noise scheduler it was trained with.
+        ids: Names of the samples; each gives its own first noise.
+        steps: Denoising steps.
+        seed: Seed of the noise.
+        show_progress: Show a progress bar.
+
+    Returns:
+        Images clipped to [-1, 1], never rounded to 8 bit.
+    """
+    import diffusers
+
+    ddim = diffusers.DDIMScheduler.from_config(scheduler.config, clip_sample=True)
+    ddim.set_timesteps(steps)
+    size = model.config.sample_size
+    shape = (model.config.in_channels, *(size if isinstance(size, list | tuple) else (size, size)))
+    first = scheduler.config.num_train_timesteps
+    keys = [noise_key(seed, "trajectory", "query", i, first) for i in ids]
+    images = torch.from_numpy(normals_of_keys(keys, shape)).to(model.device)
+    with torch.no_grad(), progress_bar("sample", steps, "step", shown=show_progress) as bar:
+        for timestep in ddim.timesteps:
+            noise = predict(model, images, timestep.expand(len(ids)).to(model.device))
+            images = ddim.step(noise, timestep, images, eta=0.0).prev_sample
+            bar.update()
+    return np.clip(images.cpu().numpy(), -1, 1)

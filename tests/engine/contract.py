@@ -1,0 +1,131 @@
+"""What every layer kind must keep: its gradients are those of one event at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from whence.engine._base import AbstractLayerFactors
+from whence.engine.capture import Capture
+
+
+@dataclass(frozen=True)
+class Case:
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    """Of one event's input."""
+    again: Callable[[Tensor], Tensor] = lambda inputs: 0.5 * inputs + 1
+    """Makes the input of the layer's second call."""
+
+    def build(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        torch.manual_seed(0)
+        layer = self.make().to(dtype)
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter)  # the weights of a fresh normalisation are all 1
+        return layer
+
+    def inputs(self, num_events: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.randn(num_events, *self.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+class KeepFactors:
+    """A sink that keeps the factors themselves, and counts how often it was called."""
+
+    def __init__(self):
+        self.found: list[tuple[AbstractLayerFactors, dict[str, str]]] = []
+
+    def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
+        self.found.append((factors, names))
+
+
+class Twice(nn.Module):
+    """Calls one layer twice, on inputs that may differ in size."""
+
+    def __init__(self, layer: nn.Module, again: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.layer = layer
+        self.again = again
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(inputs), self.layer(self.again(inputs))
+
+
+def loss(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """One number per event that depends on every element in its own way."""
+    if isinstance(outputs, tuple):
+        return torch.stack([loss(part) for part in outputs]).sum(0)
+    flat = outputs.flatten(1)
+    return (flat * torch.arange(flat.shape[1], dtype=flat.dtype).sin() + flat.square() / 7).sum(1)
+
+
+def batch_of_one(model: nn.Module, inputs: Tensor, num_units: int) -> dict[str, Tensor]:
+    """Each unit's gradient from autograd, one event at a time, added up over the unit's members."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    events = [torch.autograd.grad(loss(model(one[None]))[0], list(named.values())) for one in inputs]
+    return {
+        name: torch.stack([event[k] for event in events]).unflatten(0, (num_units, -1)).sum(1)
+        for k, name in enumerate(named)
+    }
+
+
+def capture_factors(model: nn.Module, inputs: Tensor, num_units: int) -> tuple[AbstractLayerFactors, dict[str, str]]:
+    """The factors of a model's only layer."""
+    capture, sink = Capture(model), KeepFactors()
+    with capture.hooks():
+        capture.backward(loss(model(inputs)), num_units, [sink])
+    (found,) = sink.found
+    return found
+
+
+def check_gradients(model: nn.Module, inputs: Tensor, num_units: int) -> None:
+    """Compare what is materialised with the batch-of-one gradients, and norms and products with what is materialised."""
+    want = batch_of_one(model, inputs, num_units)
+    factors, names = capture_factors(model, inputs, num_units)
+    # A sum of some thousand products at most, each rounded to 6e-8 or 1e-16 of the largest.
+    tolerance = 1e-4 if inputs.dtype == torch.float32 else 1e-11
+    found = {names[own]: factors.materialise()[own] for own in names}
+    assert found.keys() == want.keys()
+    for name in want:
+        atol = tolerance * float(want[name].abs().max())
+        torch.testing.assert_close(found[name], want[name], rtol=tolerance, atol=atol)
+    rows = torch.cat([found[names[own]].flatten(1) for own in names], dim=1)
+    torch.testing.assert_close(
+        factors.norm_squared(list(names)), rows.double().square().sum(1), rtol=tolerance, atol=tolerance
+    )
+    vectors = torch.randn(3, rows.shape[1], generator=torch.Generator().manual_seed(2), dtype=inputs.dtype)
+    widths = [found[names[own]][0].numel() for own in names]
+    dots = factors.dot(dict(zip(names, vectors.split(widths, dim=1), strict=True)))
+    scale = float(rows.norm(dim=1).max() * vectors.norm(dim=1).max())
+    torch.testing.assert_close(dots, rows @ vectors.T, rtol=0, atol=tolerance * scale)
+
+
+class LayerContract:
+    """A subclass gives the fixture ``case``."""
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+    def test_gradients_are_those_of_one_event_at_a_time(self, case: Case, dtype: torch.dtype):
+        check_gradients(case.build(dtype), case.inputs(3, dtype), num_units=3)
+
+    @pytest.mark.parametrize("num_units", [1, 2, 4])
+    def test_units_of_several_events_are_sums(self, case: Case, num_units: int):
+        check_gradients(case.build(), case.inputs(4), num_units)
+
+    def test_one_event_alone(self, case: Case):
+        check_gradients(case.build(), case.inputs(1), num_units=1)
+
+    @pytest.mark.parametrize("num_units", [4, 2])
+    def test_two_calls_are_joined_before_the_norm(self, case: Case, num_units: int):
+        check_gradients(Twice(case.build(), case.again), case.inputs(4), num_units)
+
+    def test_each_parameter_alone(self, case: Case):
+        for chosen, _ in case.build().named_parameters():
+            layer = case.build()
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(name == chosen)
+            check_gradients(layer, case.inputs(3), num_units=3)
+
+    def test_inputs_in_another_memory_layout(self, case: Case):
+        inputs = case.inputs(3)
+        check_gradients(case.build(), inputs.transpose(0, -1).contiguous().transpose(0, -1), num_units=3)

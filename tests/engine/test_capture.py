@@ -1,0 +1,502 @@
+"""What capture does to a model, and what it refuses; then whole networks against the batch-of-one reference."""
+
+from collections.abc import Callable
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.contract import KeepFactors, batch_of_one, loss
+from reference import gradient
+from whence.diffusion.adapters import check_model, predict
+from whence.diffusion.objectives import sample_loss
+from whence.diffusion.process import NoiseProcess
+from whence.engine.capture import Capture, check_against_autograd
+from whence.engine.sinks import GatherSink, Layout
+from whence.errors import ConfigError, UnsupportedModelError
+
+
+class Model(nn.Module):
+    """Layers by name, and how they are called."""
+
+    def __init__(self, run: Callable[..., Tensor], **layers: nn.Module | nn.Parameter):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.run = run
+        self.double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.run(self, inputs)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def inputs(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def gather(model: nn.Module, inputs: Tensor, num_units: int, patterns: tuple[str, ...] = ("*",)) -> dict[str, Tensor]:
+    """Each unit's gradient by parameter."""
+    capture = Capture(model, patterns)
+    layout = Layout.of(capture.parameters)
+    sink = GatherSink(layout, num_units, inputs)
+    with capture.hooks():
+        capture.backward(loss(model(inputs)), num_units, [sink])
+    return {
+        name: sink.rows[:, layout.spans[name]].unflatten(1, p.shape) if p.ndim > 1 else sink.rows[:, layout.spans[name]]
+        for name, p in capture.parameters.items()
+    }
+
+
+def check_equal(found: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert found.keys() == want.keys()
+    for name in want:
+        # float64: sums of at most some hundred products
+        torch.testing.assert_close(found[name], want[name], rtol=1e-9, atol=1e-11)
+
+
+def check(model: nn.Module, inputs: Tensor) -> None:
+    check_against_autograd(Capture(model), lambda some: loss(model(inputs[some])), len(inputs), len(inputs))
+
+
+def two_layers() -> Model:
+    return Model(lambda m, x: m.last(m.first(x).tanh()), first=nn.Linear(3, 4), last=nn.Linear(4, 2))
+
+
+# --- the model is left as it was
+
+
+def state_of(model: nn.Module) -> tuple[list[bool], list[Tensor | None], int]:
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()]
+    parameters = list(model.parameters())
+    return [p.requires_grad for p in parameters], [p.grad for p in parameters], sum(hooks)
+
+
+def test_the_model_is_left_as_it_was():
+    model = two_layers()
+    model.first.bias.requires_grad_(False)
+    before = state_of(model)
+    capture = Capture(model, ["last.*"])
+    with capture.hooks():
+        assert not any(p.requires_grad for p in model.parameters())
+        capture.backward(loss(model(inputs(3, 3))), 3, [])
+        assert state_of(model)[1] == [None] * 4
+    assert state_of(model) == before == ([True, False, True, True], [None] * 4, 0)
+
+
+def test_gradients_of_a_training_loop_are_kept():
+    model = two_layers()
+    loss(model(inputs(2, 3))).sum().backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    gather(model, inputs(3, 3), 3)
+    check(model, inputs(3, 3))
+    assert all(torch.equal(p.grad, b) for p, b in zip(model.parameters(), before, strict=True) if p.grad is not None)
+
+
+class FailsToConsume:
+    def consume(self, factors, names):
+        raise RuntimeError("no disk")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "sink"])
+def test_the_model_is_left_as_it_was_after_an_exception(where):
+    model = two_layers()
+    before = state_of(model)
+    capture, sink = Capture(model), KeepFactors()
+
+    def fail(_: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="no disk|out of memory"), capture.hooks():
+        middle = model.first(inputs(3, 3))
+        if where == "forward":
+            fail(middle)
+        if where == "backward":
+            middle.register_hook(fail)
+        sinks = [FailsToConsume()] if where == "sink" else []
+        capture.backward(loss(model.last(middle)), 3, sinks)
+    assert state_of(model) == before
+    # ... and nothing of the broken pass is left in the capture
+    data = inputs(2, 3)
+    with capture.hooks():
+        capture.backward(loss(model(data)), 2, [sink])
+    want = batch_of_one(model, data, 2)
+    for factors, names in sink.found:
+        check_equal({names[own]: g for own, g in factors.gradients.items()}, {n: want[n] for n in names.values()})
+
+
+# --- which parameters
+
+
+def test_parameters_by_pattern():
+    model = two_layers()
+    data = inputs(4, 3)
+    found = gather(model, data, 4, ("last.weight", "*.bias"))
+    want = batch_of_one(model, data, 4)
+    check_equal(found, {name: want[name] for name in ("first.bias", "last.weight", "last.bias")})
+
+
+def test_frozen_parts_are_left_out():
+    model = two_layers()
+    model.first.requires_grad_(False)
+    model.last.bias.requires_grad_(False)
+    data = inputs(4, 3)
+    found = gather(model, data, 4)
+    assert list(found) == ["last.weight"]
+    check_equal(found, batch_of_one(model, data, 4))
+
+
+def test_a_pattern_without_effect_is_refused():
+    with pytest.raises(ConfigError, match=r"matches 'frist\.\*'. The model has 4 trainable parameters: first.weight"):
+        Capture(two_layers(), ["last.*", "frist.*"])
+    with pytest.raises(ConfigError, match="has 0 trainable parameters"):
+        Capture(two_layers().requires_grad_(False))
+
+
+# --- layers that are refused
+
+
+def test_all_unknown_layers_are_listed_in_one_error():
+    model = Model(
+        lambda m, x: x,
+        norm=nn.BatchNorm2d(3),
+        line=nn.Conv1d(3, 3, 1, bias=False),
+        table=nn.Embedding(4, 3),
+        scale=nn.Parameter(torch.ones(3)),
+        fine=nn.Linear(3, 3),
+    )
+    with pytest.raises(UnsupportedModelError) as caught:
+        Capture(model)
+    for part in (
+        "Linear, Conv2d, GroupNorm, LayerNorm",
+        "scale of Model at the top",
+        "norm.weight, norm.bias of BatchNorm2d at norm",
+        "line.weight of Conv1d at line",
+        "table.weight of Embedding at table",
+    ):
+        assert part in str(caught.value)
+    assert "fine" not in str(caught.value)
+
+
+def test_unknown_layers_that_are_frozen_or_not_chosen_do_not_matter():
+    model = Model(
+        lambda m, x: m.last(F.batch_norm(x, m.norm.running_mean, m.norm.running_var) * m.scale),
+        norm=nn.BatchNorm1d(3).requires_grad_(False),
+        scale=nn.Parameter(torch.ones(3)),
+        last=nn.Linear(3, 2),
+    )
+    data = inputs(3, 3)
+    want = batch_of_one(model, data, 3)
+    check_equal(gather(model, data, 3, ("last.*",)), {n: want[n] for n in ("last.weight", "last.bias")})
+
+
+def test_a_subclass_of_a_known_layer_is_not_taken_for_it():
+    class ScaledLinear(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    with pytest.raises(UnsupportedModelError, match="weight, bias of ScaledLinear at the top"):
+        Capture(ScaledLinear(2, 2))
+
+
+def test_a_parameter_shared_by_two_layers_is_refused():
+    model = two_layers()
+    model.extra = nn.Linear(3, 4)
+    model.extra.weight = model.first.weight
+    with pytest.raises(UnsupportedModelError, match=r"first\.weight, extra\.bias, shared with Linear at extra"):
+        Capture(model)
+
+
+def test_a_batch_axis_that_is_not_the_event_axis_is_refused():
+    model = Model(lambda m, x: m.layer(x.transpose(0, 1)).transpose(0, 1), layer=nn.Linear(3, 2))
+    with pytest.raises(
+        UnsupportedModelError, match=r"first axis.*layer\.weight, layer\.bias saw a batch of 5, not of 4"
+    ):
+        gather(model, inputs(4, 5, 3), 4)
+    # Where both axes happen to be equally long only the check tells.
+    with pytest.raises(UnsupportedModelError, match="depends on the other samples of its batch"):
+        check(model, inputs(4, 4, 3))
+
+
+def test_a_layer_fed_with_one_row_for_all_events_is_refused():
+    model = Model(lambda m, x: x + m.layer(torch.ones(1, 3, dtype=x.dtype)), layer=nn.Linear(3, 3))
+    with pytest.raises(UnsupportedModelError, match="saw a batch of 1, not of 4 events"):
+        gather(model, inputs(4, 3), 4)
+
+
+def test_an_input_changed_in_place_afterwards_is_refused():
+    def run(m, x):
+        middle = m.first(x)
+        after = m.last(middle)
+        middle.mul_(2)
+        return after + middle
+
+    model = Model(run, first=nn.Linear(3, 3), last=nn.Linear(3, 3))
+    with pytest.raises(
+        UnsupportedModelError, match=r"input of the layer of last\.weight, last\.bias was changed in place"
+    ):
+        gather(model, inputs(4, 3), 4)
+
+
+def test_a_layer_called_again_in_the_midst_of_the_backward_pass_is_refused():
+    """Checkpointing of the old kind; the two calls would each have a norm of their own."""
+
+    def run(m, x):
+        y = m.first(x).tanh()
+        for _ in range(2):
+            y = torch.utils.checkpoint.checkpoint(m.last, y, use_reentrant=True)
+        return y
+
+    model = Model(run, first=nn.Linear(3, 3), last=nn.Linear(3, 3))
+    with pytest.raises(UnsupportedModelError, match=r"layer of last\.weight, last\.bias again .* use_reentrant=False"):
+        gather(model, inputs(4, 3), 4)
+
+
+# --- layers that are used in unusual ways
+
+
+def call_twice(m, x):
+    return m.last(m.conv(x).mean((2, 3)) + m.conv(x[..., ::2, 1:].tanh()).square().mean((2, 3)))
+
+
+def with_unused_output(m, x):
+    m.conv(x)
+    m.last(x.mean((2, 3)))
+    return m.last(m.conv(x.tanh()).mean((2, 3)))
+
+
+def never_used(m, x):
+    m.conv(x)
+    return m.last(x.mean((2, 3)))
+
+
+def fed_by_a_constant(m, x):
+    time = torch.arange(len(x) * 2, dtype=x.dtype).reshape(-1, 2, 1, 1).expand(-1, -1, 3, 3)
+    return m.last(m.conv(time).add_(x[..., :3, :3]).mean((2, 3)))
+
+
+def changed_in_place(m, x):
+    y = m.conv(x)
+    y += F.relu_(m.conv(x.cos()))
+    return m.last(y.mean((2, 3))).mul_(3)
+
+
+def with_keyword(m, x):
+    return m.last(input=m.conv(input=x).mean((2, 3)))
+
+
+def with_no_grad_between(m, x):
+    with torch.no_grad():
+        offset = m.last(m.conv(x).mean((2, 3)))
+    return m.last(m.conv(x).sin().mean((2, 3))) + offset
+
+
+def checkpointed(m, x):
+    y = torch.utils.checkpoint.checkpoint(m.conv, x, use_reentrant=False)
+    y = torch.utils.checkpoint.checkpoint(lambda z: m.conv(z.sin()).exp(), y, use_reentrant=False)
+    return m.last(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        call_twice,
+        with_unused_output,
+        never_used,
+        fed_by_a_constant,
+        changed_in_place,
+        with_keyword,
+        with_no_grad_between,
+        checkpointed,
+    ],
+    ids=lambda run: run.__name__,
+)
+@pytest.mark.parametrize("num_units", [4, 2])
+def test_gradients_are_right_however_a_layer_is_used(run, num_units):
+    model = Model(run, conv=nn.Conv2d(2, 2, 3, padding=1), last=nn.Linear(2, 3))
+    data = inputs(4, 2, 4, 5)
+    data[:] = data[:1] if run is with_no_grad_between else data  # what is under no_grad must not depend on the batch
+    if run is fed_by_a_constant:  # the constants differ by event, so a batch of one has others
+        check_sum(model, data)
+        return
+    if run is never_used:
+        model.conv.requires_grad_(False)
+        want = batch_of_one(model, data, num_units)
+        model.conv.requires_grad_(True)
+        found = gather(model, data, num_units)
+        assert not found.pop("conv.weight").any() and not found.pop("conv.bias").any()
+        check_equal(found, want)
+    else:
+        check_equal(gather(model, data, num_units), batch_of_one(model, data, num_units))
+        check(model, data)
+
+
+def check_sum(model: nn.Module, data: Tensor) -> None:
+    want = torch.autograd.grad(loss(model(data)).sum(), list(model.parameters()))
+    found = {name: rows.sum(0) for name, rows in gather(model, data, len(data)).items()}
+    check_equal(found, dict(zip(found, want, strict=True)))
+
+
+def test_a_capture_may_be_used_again_and_again():
+    model, data = two_layers(), inputs(6, 3)
+    capture = Capture(model)
+    for size in (4, 2):
+        sink = KeepFactors()
+        with capture.hooks():
+            model(data)  # a forward pass that nothing follows
+            capture.backward(loss(model(data[:size])), size, [sink])
+        want = batch_of_one(model, data[:size], size)
+        assert len(sink.found) == 2
+        for factors, names in sink.found:
+            check_equal({names[own]: g for own, g in factors.gradients.items()}, {n: want[n] for n in names.values()})
+
+
+# --- the check of the first batch
+
+
+def test_the_check_passes_on_a_plain_model():
+    check(two_layers(), inputs(4, 3))
+    check(two_layers(), inputs(1, 3))
+
+
+def test_the_check_names_weights_used_outside_their_layer():
+    model = Model(
+        lambda m, x: m.last(m.first(x)) + F.linear(x, m.first.weight), first=nn.Linear(3, 3), last=nn.Linear(3, 3)
+    )
+    with pytest.raises(
+        UnsupportedModelError, match=r"do not add up to autograd's for 1 parameters: first\.weight \(off"
+    ):
+        check(model, inputs(4, 3))
+
+
+def test_the_check_finds_dropout():
+    model = Model(lambda m, x: m.last(F.dropout(x)), last=nn.Linear(3, 3))
+    with pytest.raises(UnsupportedModelError, match="another result each time"):
+        check(model, inputs(8, 3))
+
+
+MIXES = {
+    "mean before the layers": lambda m, x: m.last((x - x.mean(0)).tanh()),
+    "mean between the layers": lambda m, x: m.last((m.first(x) - m.first(x).mean(0)).tanh()),
+    "mean after the layers": lambda m, x: (m.last(x) - m.last(x).mean(0)).tanh(),
+    "first event": lambda m, x: m.last((x - x[:1]).cos()),
+    "last event": lambda m, x: m.last((x - x[-1:]).cos()),
+    "neighbour": lambda m, x: m.last(x.roll(1, 0).cos()),
+    "running sum": lambda m, x: m.last(x.cumsum(0).cos()),
+    "batch normalisation": lambda m, x: m.last(F.layer_norm(x.T, x.T.shape[1:]).T) if len(x) > 1 else m.last(x),
+}
+
+
+@pytest.mark.parametrize("name", list(MIXES))
+def test_the_check_finds_samples_that_are_mixed(name):
+    model = Model(MIXES[name], first=nn.Linear(3, 3).requires_grad_(False), last=nn.Linear(3, 3))
+    with pytest.raises(
+        UnsupportedModelError, match=r"depends on the other samples of its batch, for \d parameters: last"
+    ):
+        check(model, inputs(4, 3))
+
+
+def test_the_check_in_float32_passes_and_fails():
+    model = two_layers().float()
+    data = inputs(4, 3).float()
+    check(model, data)
+    model.run = lambda m, x: m.last((m.first(x) - 0.1 * m.first(x).mean(0)).tanh())
+    with pytest.raises(UnsupportedModelError, match="depends on the other samples"):
+        check(model, data)
+
+
+# --- networks of diffusers
+
+
+def unet(**changes) -> diffusers.UNet2DModel:
+    settings = {
+        "sample_size": 8,
+        "block_out_channels": (8, 8),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "num_train_timesteps": 50,
+    }
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(**(settings | changes)).double().eval()
+
+
+PLAIN_BLOCKS = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+
+UNETS = {
+    "plain": PLAIN_BLOCKS,
+    "attention": {},
+    "several heads": {"attention_head_dim": 2},
+    "scale and shift": {"resnet_time_scale_shift": "scale_shift"},
+    "no attention in the middle": {"add_attention": False, **PLAIN_BLOCKS},
+    "no middle": {"mid_block_type": None},
+    "residual sampling": {"downsample_type": "resnet", "upsample_type": "resnet"},
+    "skip blocks": {
+        "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+        "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        "block_out_channels": (32, 32),  # skip blocks have 32 groups where there are enough channels
+        "norm_num_groups": 8,
+    },
+    "one group": {"norm_num_groups": 1},
+    "groups as channels": {"norm_num_groups": 8},
+    "attention norm": {"attn_norm_num_groups": 2},
+    "widths and blocks": {"block_out_channels": (8, 12), "layers_per_block": 2},
+    "oblong": {"sample_size": (10, 14)},
+    "fourier time": {"time_embedding_type": "fourier"},
+    "one channel": {"in_channels": 1, "out_channels": 1},
+    "centred": {"center_input_sample": True, "flip_sin_to_cos": False, "freq_shift": 1},
+    "scaled": {"mid_block_scale_factor": 2.0, "downsample_padding": 0, "act_fn": "gelu"},
+    "gradient checkpointing": {},
+}
+
+
+@pytest.mark.parametrize("name", list(UNETS))
+def test_unets_have_the_gradients_of_one_event_at_a_time(name):
+    model = unet(**UNETS[name])
+    if name == "gradient checkpointing":
+        model.enable_gradient_checkpointing()
+        model.train()  # only then is it in force; there is no dropout
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=50)
+    process = NoiseProcess.from_scheduler(scheduler)
+    check_model(model)
+    size = model.config.sample_size
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    clean, noise = inputs(2, 2, model.config.in_channels, height, width).unbind()
+    timesteps = torch.tensor([3, 40])
+    capture = Capture(model)
+    assert len(capture.parameters) == len([p for p in model.parameters() if p.requires_grad])
+
+    def outputs(some: slice) -> Tensor:
+        noisy = process.add_noise(clean[some], noise[some], timesteps[some])
+        return sample_loss(predict(model, noisy, timesteps[some]), noise[some], "mse")
+
+    sink = GatherSink(Layout.of(capture.parameters), 2, clean)
+    with capture.hooks():
+        capture.backward(outputs(slice(None)), 2, [sink])
+    check_against_autograd(capture, outputs, 2, 2)
+    for event in range(2):
+        want = gradient(model, scheduler, clean[event], int(timesteps[event]), noise[event])
+        error = float((sink.rows[event] - want).norm() / want.norm())
+        assert error < 1e-10  # float64, some ten layers deep
+
+
+def test_a_learned_time_embedding_is_refused_by_name():
+    with pytest.raises(
+        UnsupportedModelError, match=r"Not covered: time_proj\.weight of Embedding at time_proj\. Freeze"
+    ):
+        Capture(unet(time_embedding_type="learned"))
+
+
+@pytest.mark.parametrize("kind", [None, "timestep", "identity"])
+def test_class_conditional_models_are_refused(kind):
+    model = unet(class_embed_type=kind, num_class_embeds=4 if kind is None else None)
+    with pytest.raises(UnsupportedModelError, match=f"takes class labels .class_embed_type={kind!r}"):
+        check_model(model)

@@ -1,0 +1,58 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from engine.contract import Case, LayerContract, check_gradients
+
+GROUP_NORMS = {
+    "image": Case(lambda: nn.GroupNorm(2, 4), (4, 3, 2), again=lambda inputs: inputs[..., 1:]),
+    "vector": Case(lambda: nn.GroupNorm(2, 6), (6,)),
+    "sequence": Case(lambda: nn.GroupNorm(1, 4, eps=0.1), (4, 5), again=lambda inputs: inputs[..., 1:].exp()),
+    "one channel a group": Case(lambda: nn.GroupNorm(3, 3), (3, 2, 2)),
+}
+
+LAYER_NORMS = {
+    "vector": Case(lambda: nn.LayerNorm(4), (4,)),
+    "tokens": Case(lambda: nn.LayerNorm(4, eps=0.1), (3, 4), again=lambda inputs: inputs[:, 1:].exp()),
+    "two axes": Case(lambda: nn.LayerNorm((3, 4)), (2, 3, 4)),
+    "no bias": Case(lambda: nn.LayerNorm(4, bias=False), (3, 4)),
+}
+
+
+class TestGroupNorm(LayerContract):
+    @pytest.fixture(params=list(GROUP_NORMS))
+    def case(self, request):
+        return GROUP_NORMS[request.param]
+
+
+class TestLayerNorm(LayerContract):
+    @pytest.fixture(params=list(LAYER_NORMS))
+    def case(self, request):
+        return LAYER_NORMS[request.param]
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(
+    groups=st.integers(1, 3),
+    of_each=st.integers(2, 3),
+    positions=st.lists(st.integers(1, 4), max_size=3),
+    units=st.integers(1, 3),
+    members=st.integers(1, 2),
+)
+def test_group_norm_of_any_shape(groups, of_each, positions, units, members):
+    channels = groups * of_each
+    case = Case(lambda: nn.GroupNorm(groups, channels), (channels, *positions))
+    check_gradients(case.build(), case.inputs(units * members), units)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(
+    middle=st.lists(st.integers(1, 4), max_size=2),
+    normalised=st.lists(st.integers(2, 4), min_size=1, max_size=2),
+    units=st.integers(1, 3),
+    members=st.integers(1, 2),
+)
+def test_layer_norm_of_any_shape(middle, normalised, units, members):
+    case = Case(lambda: nn.LayerNorm(normalised), (*middle, *normalised))
+    check_gradients(case.build(), case.inputs(units * members), units)

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from torch import nn
+
+from engine.contract import Case, capture_factors, loss
+from whence.engine.capture import Capture, Sink
+from whence.engine.sinks import DotSink, GatherSink, Layout
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2), nn.LayerNorm(2)).double()
+
+
+@pytest.fixture
+def data():
+    return torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def run(model, data, num_units, make, patterns=("*",)):
+    capture = Capture(model, patterns)
+    sink = make(Layout.of(capture.parameters))
+    with capture.hooks():
+        capture.backward(loss(model(data)), num_units, [sink])
+    return sink
+
+
+def test_a_layout_lays_parameters_end_to_end(model):
+    layout = Layout.of(dict(model.named_parameters()))
+    assert layout.spans == {
+        "0.weight": slice(0, 54),
+        "0.bias": slice(54, 57),
+        "2.weight": slice(57, 81),
+        "2.bias": slice(81, 83),
+        "3.weight": slice(83, 85),
+        "3.bias": slice(85, 87),
+    }
+    assert layout.num_params == 87
+    assert Layout.of({}) == Layout({}, 0)
+
+
+def test_gathered_rows_are_in_the_order_of_the_parameters(model, data):
+    sink = run(model, data, 4, lambda layout: GatherSink(layout, 4, data))
+    for event in range(4):
+        want = torch.autograd.grad(loss(model(data[event : event + 1]))[0], list(model.parameters()))
+        torch.testing.assert_close(sink.rows[event], torch.cat([w.flatten() for w in want]), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("patterns", [("*",), ("*.bias",)])
+@pytest.mark.parametrize("num_units", [4, 2, 1])
+def test_products_and_norms_are_those_of_gathered_rows(model, data, num_units, patterns):
+    rows = run(model, data, num_units, lambda layout: GatherSink(layout, num_units, data), patterns).rows
+    vectors = torch.randn(5, rows.shape[1], dtype=torch.float64)
+    sink = run(model, data, num_units, lambda layout: DotSink(layout, vectors, num_units), patterns)
+    torch.testing.assert_close(sink.dots, rows @ vectors.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(sink.norm_squared, rows.square().sum(1), rtol=1e-10, atol=1e-10)
+
+
+def test_without_vectors_there_are_norms_only(model, data, monkeypatch):
+    monkeypatch.setattr("whence.engine._base.AbstractLayerFactors.dot", lambda *a: pytest.fail("a product was taken"))
+    sink = run(model, data, 4, lambda layout: DotSink(layout, torch.zeros(0, 87, dtype=torch.float64), 4))
+    assert sink.dots.shape == (4, 0)
+    assert (sink.norm_squared > 0).all()
+
+
+def test_several_sinks_share_one_pass(model, data, monkeypatch):
+    count = []
+    original = Capture._consume
+    monkeypatch.setattr(Capture, "_consume", lambda self, layer: (count.append(layer), original(self, layer)))
+    capture = Capture(model)
+    layout = Layout.of(capture.parameters)
+    gather = GatherSink(layout, 4, data)
+    dots = DotSink(layout, torch.ones(1, 87, dtype=torch.float64), 4)
+    assert isinstance(gather, Sink) and isinstance(dots, Sink)
+    with capture.hooks():
+        capture.backward(loss(model(data)), 4, [gather, dots])
+    assert len(count) == len(set(count)) == 3
+    torch.testing.assert_close(dots.dots[:, 0], gather.rows.sum(1), rtol=1e-10, atol=1e-10)
+
+
+def test_norms_in_float32_do_not_lose_digits_in_large_layers():
+    case = Case(lambda: nn.Linear(1500, 1500, bias=False), (1500,))
+    factors, _ = capture_factors(case.build(torch.float32), case.inputs(1, torch.float32), 1)
+    exact = factors.gradients["weight"].double().square().sum()
+    # Two million squares: added one after another in float32 they would be off by 1e-4.
+    assert factors.norm_squared(["weight"]).item() == pytest.approx(exact.item(), rel=1e-6)

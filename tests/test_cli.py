@@ -1,0 +1,272 @@
+"""The command line as a user meets it: whole flow, help, JSON, and bad input."""
+
+import errno
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import TOY_MODEL, TOY_TRAINING, toy_images
+from PIL import Image
+
+from whence.cli import main
+from whence.data import save_arrays
+from whence.training import train
+
+TRACE = ["--timesteps", "4", "--draws", "2", "--phases", "2"]
+TRAIN = ["--epochs", "2", "--batch-size", "4", "--checkpoints", "2", "--widths", "8", "8", "--norm-groups", "4"]
+
+
+def save_pngs(folder, count=6, size=8, seed=0):
+    """Write random pictures, half of them in a folder of its own."""
+    rng = np.random.default_rng(seed)
+    for k in range(count):
+        path = folder / ("odd" if k % 2 else "even") / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    return save_pngs(tmp_path / "images")
+
+
+@pytest.fixture
+def run(tmp_path, images):
+    """A run that the command line trained."""
+    main(["train", str(images), "--out", str(tmp_path / "run"), *TRAIN])
+    return tmp_path / "run"
+
+
+def fails(capsys, *arguments):
+    """Run a command that must end with status 1; give what it says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in arguments])
+    assert isinstance(exit_.value.code, str), exit_.value.code
+    assert exit_.value.code.startswith("whence: ")
+    return exit_.value.code
+
+
+def answer(capsys, *arguments):
+    """Run a command with --json; give what it prints."""
+    capsys.readouterr()
+    main([*(str(a) for a in arguments), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_whole_flow_from_images_to_a_page(run, tmp_path, capsys):
+    queries = save_pngs(tmp_path / "queries", count=2, seed=1)
+    assert {row["verdict"] for row in answer(capsys, "check", run)["rows"]} == {"passed"}
+    traced = answer(capsys, "trace", run, "--queries", queries, *TRACE, "--methods", "tracin", "retrac", "pixels", "random")
+    assert len(traced["rows"]) == 4 * 2 * 5
+    assert {row["train id"] for row in traced["rows"]} <= {f"{'odd' if k % 2 else 'even'}/{k}.png" for k in range(6)}
+    page = answer(capsys, "report", run, "--planted", "odd")
+    assert [row["method"] for row in page["rows"]] == ["tracin", "retrac", "pixels", "random"]
+    html = (run / "report" / "index.html").read_text()
+    assert page["page"] == str(run / "report" / "index.html") and "odd/1.png" in html
+    assert len(answer(capsys, "self", run)["rows"]) == 6
+    assert len(answer(capsys, "self", run, "--kind", "self_expected", "--method", "retrac", *TRACE)["rows"]) == 6
+    shown = {row["what"]: row["value"] for row in answer(capsys, "show", run)["rows"]}
+    assert shown["visits"] == 12 and shown["optimizer steps"] == 4 and "scores retrac" in shown
+    scores = next((run / "scores").glob("retrac-*"))
+    assert answer(capsys, "show", scores)["rows"] == [row for row in traced["rows"] if row["method"] == "retrac"]
+
+
+def test_a_table_without_json_has_aligned_columns(run, capsys):
+    capsys.readouterr()
+    main(["check", str(run)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["what", "verdict", "visits", "detail"]
+    assert lines[2].startswith("keys") and lines[2].index("passed") == lines[0].index("verdict")
+
+
+def test_show_hands_out_the_events_themselves(run, tmp_path, capsys):
+    shown = answer(capsys, "show", run, "--events", "even/0.png", "odd/1.png", "--npz", tmp_path / "events.npz")
+    assert [row["train id"] for row in shown["rows"]] == ["even/0.png", "odd/1.png"]
+    arrays = np.load(tmp_path / "events.npz")
+    assert arrays["noisy"].shape == (2, 3, 8, 8)
+    assert arrays["timesteps"].tolist() == [row["timestep"] for row in shown["rows"]]
+    np.testing.assert_array_equal(arrays["target"], arrays["noise"])
+    every = answer(capsys, "show", run, "--events", "even/0.png", "--replay", "all")
+    assert len(every["rows"]) == 1  # one epoch between two checkpoints
+
+
+def test_a_folder_of_diffusers_checkpoints_that_whence_did_not_write(run, images, tmp_path, capsys):
+    foreign = tmp_path / "output"
+    for checkpoint in (run / "checkpoints").glob("checkpoint-*"):
+        shutil.copytree(checkpoint / "unet", foreign / checkpoint.name / "unet")
+    shutil.copytree(checkpoint / "scheduler", foreign / "scheduler")
+    before = sorted(p.relative_to(foreign) for p in foreign.rglob("*"))
+    assert "--data" in fails(capsys, "trace", foreign, "--queries", images, *TRACE)
+    assert "--out" in fails(capsys, "trace", foreign, "--queries", images, "--data", images, *TRACE)
+    out = tmp_path / "traced"
+    traced = answer(capsys, "trace", foreign, "--queries", images, "--data", images, "--out", out, *TRACE)
+    assert "no record of training" in traced["notes"][0]
+    main(["report", str(out)])
+    assert "no record of training" in (out / "report" / "index.html").read_text()
+    assert sorted(p.relative_to(foreign) for p in foreign.rglob("*")) == before
+    assert "no record of training" in fails(capsys, "check", out)
+    assert "needs a record" in fails(capsys, "self", out)
+
+
+def test_training_again_with_other_settings_is_refused_and_the_run_kept(run, images, capsys):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    message = fails(capsys, "train", images, "--out", run, *TRAIN, "--learning-rate", "0.5")
+    assert "config.learning_rate is 0.001 in the record, 0.5 now" in message
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_a_failed_check_ends_with_status_1(run, images, capsys):
+    import pyarrow.parquet as pq
+
+    from whence._files import sha256_of_file
+
+    part = next((run / "record").glob("visits-*.parquet"))
+    table = pq.read_table(part)
+    flips = table["flip"].to_pylist()
+    table = table.set_column(table.schema.get_field_index("flip"), table.schema.field("flip"), [[not flips[0], *flips[1:]]])
+    old = sha256_of_file(part)
+    pq.write_table(table, part)
+    assert "damaged or was altered" in fails(capsys, "check", run)
+    parts = run / "record" / "parts-0.json"
+    parts.write_text(parts.read_text().replace(old, sha256_of_file(part)))  # whoever alters it may also mend the checksum
+    with pytest.raises(SystemExit) as exit_:
+        main(["check", str(run)])
+    assert exit_.value.code == 1
+    assert "flip" in capsys.readouterr().out
+
+
+def empty_folder(path):
+    path.mkdir()
+    return path
+
+
+def text_named_png(path):
+    save_pngs(path)
+    (path / "even" / "note.png").write_text("not a picture")
+    return path
+
+
+def two_sizes(path):
+    save_pngs(path)
+    Image.new("RGB", (12, 9)).save(path / "odd" / "large.png")
+    return path
+
+
+def truncated(path):
+    save_pngs(path, size=64)
+    file = path / "even" / "0.png"
+    file.write_bytes(file.read_bytes()[:2000])
+    return path
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (empty_folder, "no images|holds no"),
+        (text_named_png, r"even/note\.png"),
+        (two_sizes, "resolution"),
+        (truncated, r"even/0\.png"),
+        (lambda path: path, "does not exist|no such"),
+    ],
+)
+def test_images_that_cannot_be_used_are_refused_before_anything_is_written(tmp_path, capsys, make, message):
+    said = fails(capsys, "train", make(tmp_path / "images"), "--out", tmp_path / "run", *TRAIN)
+    assert re.search(message, said, re.IGNORECASE), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_image_alone_can_be_trained_on_and_traced(tmp_path, capsys):
+    one = save_pngs(tmp_path / "one", count=1)
+    main(["train", str(one), "--out", str(tmp_path / "run"), *TRAIN])
+    traced = answer(capsys, "trace", tmp_path / "run", "--queries", one, *TRACE)
+    assert {row["rank"] for row in traced["rows"]} == {1}
+    main(["report", str(tmp_path / "run")])
+
+
+def test_queries_of_another_size_are_brought_to_the_runs_resolution_or_refused(run, tmp_path, capsys):
+    large = save_pngs(tmp_path / "large", count=2, size=20)
+    assert "8 x 8" in fails(capsys, "trace", run, "--queries", large, *TRACE)
+
+
+def test_a_record_that_does_not_match_the_images_is_refused(run, tmp_path, capsys):
+    other = save_pngs(tmp_path / "other", seed=5)
+    message = fails(capsys, "trace", run, "--queries", other, "--data", other, *TRACE)
+    assert "not those that were trained on" in message
+    fewer = save_pngs(tmp_path / "fewer", count=3)
+    assert "of other images" in fails(capsys, "trace", run, "--queries", other, "--data", fewer, *TRACE)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--methods", "retrack"], "Unknown method 'retrack'; known are tracin, retrac"),
+        (["--draws", "3"], "even number"),
+        (["--weights-name", "ema"], "no averaged weights"),
+        (["--loss", "l1"], "contradicts"),
+        (["--queries"], "at least one query"),
+    ],
+)
+def test_settings_that_cannot_be_met_are_refused(run, images, capsys, arguments, message):
+    assert message in fails(capsys, "trace", run, "--queries", images, *TRACE, *arguments)
+
+
+def test_a_report_or_show_of_nothing_says_what_to_do(run, tmp_path, capsys):
+    assert "whence trace" in fails(capsys, "report", run)
+    assert "nobody.png" in fails(capsys, "show", run, "--events", "nobody.png")
+    assert "not a folder" in fails(capsys, "show", tmp_path / "nowhere")
+    assert "holds no checkpoint" in fails(capsys, "show", empty_folder(tmp_path / "empty"))
+
+
+def test_a_full_disk_is_told_without_a_traceback(run, images, capsys, monkeypatch):
+    def full(*arguments, **settings):
+        raise OSError(errno.ENOSPC, "No space left on device", "tile.safetensors")
+
+    monkeypatch.setattr("whence.streaming.save_file", full)
+    message = fails(capsys, "trace", run, "--queries", images, *TRACE)
+    assert "No space left on device" in message and "goes on from there" in message
+    monkeypatch.undo()
+    assert answer(capsys, "trace", run, "--queries", images, *TRACE)["rows"]
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "trace", "self", "report", "check", "show"])
+def test_help_is_complete(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert "--json" in out
+    # tyro prints an option without a help text as its name and "(default: ...)" alone.
+    plain = re.sub(r"[|│+]", " ", out)
+    assert not re.findall(r"^ *(--\S+)(?: \S+)? +\((?:default|required)", plain, re.MULTILINE)
+
+
+def test_an_unknown_option_ends_with_status_2(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["trace", "run", "--queries", "x", "--time-steps", "4"])
+    assert exit_.value.code == 2
+
+
+def test_a_reader_that_goes_away_is_not_an_error(tmp_path, toy_train):
+    save_arrays(tmp_path / "images.safetensors", toy_train.pixels(range(10)), toy_train.ids)
+    train(tmp_path / "run", toy_images(10), TOY_MODEL, TOY_TRAINING, show_progress=False)
+    program = f"{sys.executable} -m whence show {tmp_path / 'run'} | true"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+
+
+def test_fresh_removes_a_demo_and_nothing_else(tmp_path, capsys):
+    from whence.demo import remove_demo
+    from whence.errors import ConfigError
+
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not a demo"):
+        remove_demo(tmp_path)
+    (tmp_path / "config.yaml").write_text("data: {source: demo}\n")
+    remove_demo(tmp_path)
+    assert not tmp_path.exists()
