@@ -130,7 +130,7 @@ def test_retrac_of_an_event_with_itself_is_the_sum_of_weights(subject):
 def whole_gradient(source, table, images):
     from whence.engine.sinks import GatherSink
 
-    sink = GatherSink(source.layout, 1, next(source.model.parameters()))
+    sink = GatherSink(source.layout, source.no_vectors().new_zeros(1, source.layout.num_params))
     source._backward(table, images, 1, 1.0, [sink])
     return sink.rows
 

@@ -1,6 +1,8 @@
 """Events: the arrays of a batch by hand, grids, and the visits of a small record written for the purpose."""
 
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -9,12 +11,14 @@ from diffusers import DDPMScheduler
 
 from conftest import toy_images
 from whence._files import write_json
+from whence.config import PredictionType
 from whence.data import ImageData
-from whence.diffusion.noise import noise_key, normals
+from whence.diffusion.noise import Side, noise_key, normals
 from whence.diffusion.process import NoiseProcess
 from whence.errors import RecordError
 from whence.events import EventTable, Replays, check_same_data, grid_events, make_batch
 from whence.methods import Grid, Replay
+from whence.methods.frame import WeightsRule
 from whence.record import FORMAT_VERSION, SCHEMA, PartWriter, Record
 
 NUM_TIMESTEPS = 50
@@ -25,7 +29,7 @@ def images():
     return toy_images(4)
 
 
-def process(prediction_type="epsilon"):
+def process(prediction_type: PredictionType = "epsilon"):
     scheduler = DDPMScheduler(num_train_timesteps=NUM_TIMESTEPS, prediction_type=prediction_type)
     return NoiseProcess.from_scheduler(scheduler)
 
@@ -33,7 +37,7 @@ def process(prediction_type="epsilon"):
 # --- batches
 
 
-def table_of(rows, timesteps, keys, flips) -> EventTable:
+def table_of(rows: list[int], timesteps: list[int], keys: list[int], flips: list[bool]) -> EventTable:
     count = len(rows)
     return EventTable(
         np.array(rows),
@@ -46,7 +50,7 @@ def table_of(rows, timesteps, keys, flips) -> EventTable:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_a_batch_holds_what_the_formulas_say(images, prediction_type):
+def test_a_batch_holds_what_the_formulas_say(images: ImageData, prediction_type: PredictionType):
     table = table_of([2, 0, 2], [0, 49, 7], [5, 2**64 - 1, 6], [False, True, True])
     batch = make_batch(table, images, process(prediction_type), dtype=torch.float64)
     alpha_bar = DDPMScheduler(num_train_timesteps=NUM_TIMESTEPS).alphas_cumprod.double()
@@ -67,7 +71,7 @@ def test_a_batch_holds_what_the_formulas_say(images, prediction_type):
     assert batch.weight.tolist() == [0, 1 / 7, 2 / 7]
 
 
-def test_a_batch_in_float32(images):
+def test_a_batch_in_float32(images: ImageData):
     batch = make_batch(table_of([1], [10], [3], [False]), images, process())
     types = {f.name: getattr(batch, f.name).dtype for f in fields(batch)}
     assert types.pop("timesteps") == torch.int64
@@ -75,7 +79,7 @@ def test_a_batch_in_float32(images):
     assert set(types.values()) == {torch.float32}
 
 
-def test_an_event_does_not_depend_on_its_batch(images):
+def test_an_event_does_not_depend_on_its_batch(images: ImageData):
     table = grid_events(images, [3, 0, 1], "train", Grid(3, 2), NUM_TIMESTEPS, seed=0)
     together = make_batch(table, images, process())
     order = np.random.default_rng(0).permutation(len(table))
@@ -87,7 +91,7 @@ def test_an_event_does_not_depend_on_its_batch(images):
             assert torch.equal(getattr(permuted, f.name)[event], getattr(together, f.name)[place])
 
 
-def test_an_empty_batch(images):
+def test_an_empty_batch(images: ImageData):
     batch = make_batch(grid_events(images, [], "train", Grid(2), NUM_TIMESTEPS, seed=0), images, process())
     assert batch.noisy.shape == (0, 3, 8, 8)
 
@@ -95,7 +99,7 @@ def test_an_empty_batch(images):
 # --- grids
 
 
-def test_a_grid_lists_rows_then_timesteps_then_draws(images):
+def test_a_grid_lists_rows_then_timesteps_then_draws(images: ImageData):
     table = grid_events(images, [2, 0], "query", Grid(timesteps=3, draws=2), NUM_TIMESTEPS, seed=4)
     assert table.row.tolist() == [2] * 6 + [0] * 6
     assert table.timestep.tolist() == [1, 1, 25, 25, 49, 49] * 2
@@ -109,7 +113,7 @@ def test_a_grid_lists_rows_then_timesteps_then_draws(images):
     assert not table.flip.any() and (table.loss_weight == 1).all() and (table.weight == 1).all()
 
 
-def keys_of(table, images) -> dict[tuple[str, int, int], int]:
+def keys_of(table: EventTable, images: ImageData) -> dict[tuple[str, int, int], int]:
     """Key by id, timestep, and count within the timestep."""
     seen: dict[tuple[str, int, int], int] = {}
     for row, timestep, key in zip(table.row.tolist(), table.timestep.tolist(), table.noise_key.tolist(), strict=True):
@@ -120,14 +124,15 @@ def keys_of(table, images) -> dict[tuple[str, int, int], int]:
     return seen
 
 
-def test_noise_depends_on_id_timestep_and_draw_alone(images):
+def test_noise_depends_on_id_timestep_and_draw_alone(images: ImageData):
     few = keys_of(grid_events(images, [1], "train", Grid(3, 1), NUM_TIMESTEPS, seed=0), images)
     many = keys_of(grid_events(images, [3, 1, 0], "train", Grid(5, 4), NUM_TIMESTEPS, seed=0), images)
     assert few.items() <= many.items()
     permuted = ImageData.from_arrays(images.pixels([1, 3, 0, 2]), [images.ids[row] for row in (1, 3, 0, 2)])
     assert keys_of(grid_events(permuted, [0, 1, 2], "train", Grid(5, 4), NUM_TIMESTEPS, seed=0), permuted) == many
     assert len(set(many.values())) == len(many)
-    for side, seed in (("query", 0), ("train", 1)):
+    others: list[tuple[Side, int]] = [("query", 0), ("train", 1)]
+    for side, seed in others:
         other = keys_of(grid_events(images, [1], side, Grid(3, 1), NUM_TIMESTEPS, seed=seed), images)
         assert other.keys() == few.keys() and not set(other.values()) & set(few.values())
 
@@ -146,7 +151,7 @@ VISITS = [
 """Of four images; train-1 is never visited."""
 
 
-def write_record(folder, *, fingerprint=None, **changes) -> Record:
+def write_record(folder: Path, *, fingerprint: str | None = None, **changes: Any) -> Record:
     folder.mkdir()
     write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, "data_fingerprint": fingerprint})
     columns = dict(
@@ -175,24 +180,24 @@ def write_record(folder, *, fingerprint=None, **changes) -> Record:
 
 
 @pytest.fixture
-def replays(tmp_path, images):
+def replays(tmp_path: Path, images: ImageData):
     return Replays(write_record(tmp_path / "record"), images)
 
 
-def listed(table):
+def listed(table: EventTable):
     """Row, key, weight."""
     weights = [float(f"{weight:.12g}") for weight in table.weight]
     return list(zip(table.row.tolist(), table.noise_key.tolist(), weights, strict=True))
 
 
-def test_all_visits_each_with_its_own_weight(replays):
+def test_all_visits_each_with_its_own_weight(replays: Replays):
     # learning rate x clip coefficient / samples in the step
     want = [(0, 101, 0.05), (0, 103, 0.05), (2, 100, 0.05), (2, 102, 0.1), (2, 104, 0.05), (3, 105, 0.8)]
     assert listed(replays.events(0, 4, Replay("all"), "learning_rate")) == want
     assert [w for _, _, w in listed(replays.events(0, 4, Replay("all"), "equal"))] == [1] * 6
 
 
-def test_the_last_visit_carries_the_weight_of_the_interval(replays):
+def test_the_last_visit_carries_the_weight_of_the_interval(replays: Replays):
     assert listed(replays.events(0, 4, Replay("last"), "learning_rate")) == [
         (0, 103, 0.1),
         (2, 104, 0.2),
@@ -201,15 +206,15 @@ def test_the_last_visit_carries_the_weight_of_the_interval(replays):
     assert listed(replays.events(0, 4, Replay("last"), "equal")) == [(0, 103, 1), (2, 104, 1), (3, 105, 1)]
 
 
-def test_intervals_are_open_below_and_closed_above(replays):
+def test_intervals_are_open_below_and_closed_above(replays: Replays):
     assert listed(replays.events(0, 2, Replay("last"), "learning_rate")) == [(0, 101, 0.05), (2, 102, 0.15)]
     assert listed(replays.events(2, 3, Replay("last"), "learning_rate")) == [(0, 103, 0.05), (2, 104, 0.05)]
     for replay in (Replay("last"), Replay("all")):
-        for rule in ("learning_rate", "equal", "published"):
+        for rule in get_args(WeightsRule):
             assert len(replays.events(4, 9, replay, rule)) == 0
 
 
-def test_published_weights(replays):
+def test_published_weights(replays: Replays):
     # learning rate of the last visit x batch size x epochs / size of the training set in whole batches
     whole = 0.6  # 0.8 x 2 x (6 / 4) / 4
     assert listed(replays.events(0, 4, Replay("last"), "published")) == [
@@ -224,7 +229,7 @@ def test_published_weights(replays):
     assert listed(found)[0] == (0, 103, 1.6)  # 0.8 x 2 x (6 / 3) / 2
 
 
-def test_weights_of_grids(replays):
+def test_weights_of_grids(replays: Replays):
     assert replays.grid_weight(0, 4, "learning_rate") == pytest.approx((0.05 * 4 + 0.1 + 0.8) / 4)
     assert replays.grid_weight(0, 4, "published") == pytest.approx(0.8 * 2 * (6 / 4) / 4)
     assert replays.grid_weight(0, 4, "equal") == 1
@@ -232,7 +237,7 @@ def test_weights_of_grids(replays):
     assert replays.grid_weight(4, 9, "published") == 0
 
 
-def test_a_replayed_event_is_the_visit(replays):
+def test_a_replayed_event_is_the_visit(replays: Replays):
     table = replays.events(2, 4, Replay("all"), "learning_rate")
     assert table.timestep.tolist() == [13, 14, 15]
     assert table.flip.tolist() == [False] * 3
@@ -241,13 +246,13 @@ def test_a_replayed_event_is_the_visit(replays):
     assert first.timestep.tolist() == [11, 12] and first.flip.tolist() == [True, True]
 
 
-def test_visits_as_a_table_keep_their_order(replays):
+def test_visits_as_a_table_keep_their_order(replays: Replays):
     table = replays.table(replays.record.visits_of_step(3))
     assert listed(table) == [(0, 103, 1), (2, 104, 1)]
     assert replays.table(replays.record.visits_of_step(1)).row.tolist() == [2, 0]
 
 
-def test_the_order_of_the_images_only_numbers_them_anew(replays, images):
+def test_the_order_of_the_images_only_numbers_them_anew(replays: Replays, images: ImageData):
     order = [3, 2, 0, 1]
     permuted = ImageData.from_arrays(images.pixels(order), [images.ids[row] for row in order])
     there = listed(Replays(replays.record, permuted).events(0, 4, Replay("last"), "learning_rate"))
@@ -255,12 +260,12 @@ def test_the_order_of_the_images_only_numbers_them_anew(replays, images):
     assert there == sorted((order.index(row), key, weight) for row, key, weight in here)
 
 
-def test_a_sample_without_a_visit_has_no_event(replays):
+def test_a_sample_without_a_visit_has_no_event(replays: Replays):
     assert 1 not in replays.events(0, 4, Replay("all"), "equal").row
     assert 3 not in replays.events(0, 3, Replay("last"), "equal").row
 
 
-def test_images_without_the_recorded_ids_are_refused(replays):
+def test_images_without_the_recorded_ids_are_refused(replays: Replays):
     others = ImageData.from_arrays(toy_images(2).pixels([0, 1]), ["train-0", "cat"], source="cats.parquet")
     message = (
         r"is of other images: 2 of its 3 ids are not in cats.parquet, for example train-2, train-3. Give .* --data"
@@ -269,7 +274,7 @@ def test_images_without_the_recorded_ids_are_refused(replays):
         Replays(replays.record, others)
 
 
-def test_images_with_another_fingerprint_are_refused(tmp_path, images):
+def test_images_with_another_fingerprint_are_refused(tmp_path: Path, images: ImageData):
     record = write_record(tmp_path / "record", fingerprint=images.fingerprint)
     check_same_data(record, images)
     pixels = images.pixels(range(4))
@@ -281,11 +286,10 @@ def test_images_with_another_fingerprint_are_refused(tmp_path, images):
 
 
 @pytest.mark.parametrize("name", ["crop_top", "crop_left", "condition_dropped"])
-def test_crops_and_dropped_conditions_are_refused(tmp_path, images, name):
+def test_crops_and_dropped_conditions_are_refused(tmp_path: Path, images: ImageData, name: str):
     marked = [k == 3 for k in range(6)]
-    record = write_record(
-        tmp_path / "record", **{name: marked if name == "condition_dropped" else [3 * m for m in marked]}
-    )
+    column: dict[str, Any] = {name: marked if name == "condition_dropped" else [int(m) for m in marked]}
+    record = write_record(tmp_path / "record", **column)
     with pytest.raises(RecordError, match="random crops or dropped conditions, which cannot be replayed yet"):
         Replays(record, images)
 

@@ -1,19 +1,23 @@
 """Gradient sums and products of one checkpoint against the batch-of-one reference, in float64."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from conftest import TOY_MODEL, toy_images
 from reference import gradient, query_gradients
+from whence.config import LossName, ModelSettings
 from whence.data import ImageData
-from whence.diffusion.noise import normals
+from whence.diffusion.noise import Side, normals
 from whence.diffusion.process import NoiseProcess
 from whence.errors import ConfigError, NumericsError, UnsupportedModelError
 from whence.events import grid_events
-from whence.gradients import GradientSource, num_vectors
+from whence.gradients import Family, GradientSource, num_vectors
 from whence.methods import Grid
 from whence.training import make_model, make_scheduler
 
@@ -22,7 +26,14 @@ PHASES = 2
 GRID = Grid(timesteps=5, draws=4)
 
 
-def make_source(images, *, batch_size=8, loss="mse", settings=TOY_MODEL, dtype=torch.float64):
+def make_source(
+    images: ImageData,
+    *,
+    batch_size: int = 8,
+    loss: LossName = "mse",
+    settings: ModelSettings = TOY_MODEL,
+    dtype: torch.dtype = torch.float64,
+):
     model = make_model(settings, images, seed=0).to(dtype).eval()
     process = NoiseProcess.from_scheduler(make_scheduler(settings))
     return GradientSource(model, process, loss, batch_size, "checkpoint 7")
@@ -34,15 +45,15 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def source(images):
+def source(images: ImageData):
     return make_source(images)
 
 
 @pytest.fixture(scope="module")
-def draws_of(images, source):
+def draws_of(images: ImageData, source: GradientSource):
     """Reference gradients of every image: timestep, draw, parameter."""
 
-    def gradients(row):
+    def gradients(row: int):
         pixels, table = images.pixels([row])[0], grid_events(images, [row], "query", GRID, 50, 0)
         events = [
             gradient(source.model, make_scheduler(TOY_MODEL), pixels, int(t), normals(int(key), pixels.shape))
@@ -53,28 +64,36 @@ def draws_of(images, source):
     return [gradients(row) for row in range(len(images))]
 
 
-def no_update(num_events):
+def no_update(num_events: int):
     pass
 
 
-def grid_vectors(source, images, rows=(0, 1, 2), families=("none", "timestep"), grid=GRID, phases=PHASES, halves=True):
+def grid_vectors(
+    source: GradientSource,
+    images: ImageData,
+    rows: Sequence[int] = (0, 1, 2),
+    families: Sequence[Family] = ("none", "timestep"),
+    grid: Grid = GRID,
+    phases: int = PHASES,
+    halves: bool = True,
+):
     options = {"phases": phases, "halves": halves, "seed": 0, "update": no_update}
     return source.grid_vectors(images, list(rows), "query", grid, list(families), **options)
 
 
-def assert_close(found, want):
+def assert_close(found: Any, want: Any):
     found, want = torch.as_tensor(found), torch.as_tensor(want)
     torch.testing.assert_close(found, want, rtol=RTOL, atol=RTOL * float(want.abs().max()))
 
 
-def unit(vectors):
+def unit(vectors: Tensor):
     return vectors / vectors.norm(dim=-1, keepdim=True)
 
 
 # --- sums over a grid
 
 
-def test_rows_are_what_the_table_of_the_module_says(source, images, draws_of):
+def test_rows_are_what_the_table_of_the_module_says(source: GradientSource, images: ImageData, draws_of: list[Tensor]):
     # Batches hold two points of five, so some hold points of two samples and every sample is split.
     found = grid_vectors(source, images)
     for sample, draws in zip(found, draws_of, strict=True):
@@ -94,7 +113,7 @@ def test_rows_are_what_the_table_of_the_module_says(source, images, draws_of):
     assert len(found[0].vectors) == num_vectors("none", PHASES, True) + num_vectors("timestep", PHASES, True)
 
 
-def test_reference_of_the_scores(source, images):
+def test_reference_of_the_scores(source: GradientSource, images: ImageData):
     """The same mean that the reference of whole scores uses."""
     scheduler = make_scheduler(TOY_MODEL)
     per_timestep = query_gradients(source.model, scheduler, images.pixels([1])[0], images.ids[1], 5, 4)
@@ -104,7 +123,9 @@ def test_reference_of_the_scores(source, images):
 
 @pytest.mark.parametrize("families", [("none",), ("timestep",), ("timestep", "none")])
 @pytest.mark.parametrize("halves", [False, True])
-def test_families_alone_and_in_another_order(source, images, families, halves):
+def test_families_alone_and_in_another_order(
+    source: GradientSource, images: ImageData, families: Sequence[Family], halves: bool
+):
     both = grid_vectors(source, images, rows=[2], halves=halves)[0].vectors
     split = dict(
         zip(
@@ -118,7 +139,7 @@ def test_families_alone_and_in_another_order(source, images, families, halves):
 
 
 @pytest.mark.parametrize("batch_size", [4, 7, 12, 100])
-def test_sums_do_not_depend_on_batches_or_on_other_samples(images, source, batch_size):
+def test_sums_do_not_depend_on_batches_or_on_other_samples(images: ImageData, source: GradientSource, batch_size: int):
     want = grid_vectors(source, images)
     other = make_source(images, batch_size=batch_size)
     for found, row in zip(grid_vectors(other, images, rows=[2, 0]), [2, 0], strict=True):
@@ -126,7 +147,7 @@ def test_sums_do_not_depend_on_batches_or_on_other_samples(images, source, batch
         assert_close(found.norms, want[row].norms)
 
 
-def test_one_draw(source, images):
+def test_one_draw(source: GradientSource, images: ImageData):
     grid = Grid(timesteps=3, draws=1)
     (found,) = grid_vectors(source, images, rows=[0], grid=grid, halves=False, phases=3)
     per_timestep = query_gradients(source.model, make_scheduler(TOY_MODEL), images.pixels([0])[0], images.ids[0], 3, 1)
@@ -134,7 +155,7 @@ def test_one_draw(source, images):
     assert_close(found.norms, per_timestep.norm(dim=1))
 
 
-def test_every_event_is_counted(source, images):
+def test_every_event_is_counted(source: GradientSource, images: ImageData):
     seen = []
     source.grid_vectors(
         images, [0, 1], "train", GRID, ["none"], phases=1, halves=False, seed=0, update=lambda count: seen.append(count)
@@ -142,8 +163,8 @@ def test_every_event_is_counted(source, images):
     assert seen == [8] * 5
 
 
-def test_sides_and_seeds_have_noise_of_their_own(source, images):
-    def first(side, seed):
+def test_sides_and_seeds_have_noise_of_their_own(source: GradientSource, images: ImageData):
+    def first(side: Side, seed: int):
         options = {"phases": 1, "halves": False, "seed": seed, "update": no_update}
         return source.grid_vectors(images, [0], side, Grid(2), ["none"], **options)[0].vectors
 
@@ -152,7 +173,7 @@ def test_sides_and_seeds_have_noise_of_their_own(source, images):
     assert torch.equal(first("query", 0), first("query", 0))
 
 
-def silent_source(batch_size=8):
+def silent_source(batch_size: int = 8):
     """A model that answers 0 and is asked for a black image: the loss and its gradient are 0."""
     images = ImageData.from_arrays(np.zeros((2, 3, 8, 8), np.float32), ["black", "night"])
     source = make_source(images, settings=replace(TOY_MODEL, prediction_type="sample"), batch_size=batch_size)
@@ -172,7 +193,7 @@ def test_a_gradient_of_zero_gives_a_row_of_zeros():
     source.check(images)
 
 
-def test_draws_that_do_not_fit_into_a_batch_are_refused(images):
+def test_draws_that_do_not_fit_into_a_batch_are_refused(images: ImageData):
     source = make_source(images, batch_size=3)
     with pytest.raises(ConfigError, match="batch_size must be at least 4; found 3"):
         grid_vectors(source, images)
@@ -182,7 +203,7 @@ def test_draws_that_do_not_fit_into_a_batch_are_refused(images):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_products_and_norms_of_events(images, draws_of, batch_size):
+def test_products_and_norms_of_events(images: ImageData, draws_of: list[Tensor], batch_size: int):
     source = make_source(images, batch_size=batch_size)
     table = grid_events(images, [2, 0], "query", GRID, 50, 0)
     gradients = torch.cat([draws_of[2].flatten(0, 1), draws_of[0].flatten(0, 1)])
@@ -194,7 +215,7 @@ def test_products_and_norms_of_events(images, draws_of, batch_size):
     assert sum(seen) == len(table) and max(seen) <= batch_size
 
 
-def test_products_in_float32(images, draws_of):
+def test_products_in_float32(images: ImageData, draws_of: list[Tensor]):
     source = make_source(images, dtype=torch.float32)
     table = grid_events(images, [1], "query", GRID, 50, 0)
     gradients = draws_of[1].flatten(0, 1)
@@ -205,7 +226,7 @@ def test_products_in_float32(images, draws_of):
     np.testing.assert_allclose(norms, gradients.norm(dim=1), rtol=1e-5)
 
 
-def test_l1_loss_and_loss_weights(images):
+def test_l1_loss_and_loss_weights(images: ImageData):
     source = make_source(images, loss="l1")
     table = grid_events(images, [1], "query", Grid(2), 50, 0)
     table = replace(table, loss_weight=np.array([1, 3], np.float32), weight=np.array([5.0, 7.0]))
@@ -220,14 +241,14 @@ def test_l1_loss_and_loss_weights(images):
     )  # weight, the w_e of scores, is no part of it
 
 
-def test_without_vectors_there_are_norms_only(source, images, draws_of):
+def test_without_vectors_there_are_norms_only(source: GradientSource, images: ImageData, draws_of: list[Tensor]):
     table = grid_events(images, [0], "query", GRID, 50, 0)
     dots, norms = source.dots(table, images, torch.zeros(0, source.layout.num_params, dtype=torch.float64), no_update)
     assert dots.shape == (20, 0)
     assert_close(norms, draws_of[0].flatten(0, 1).norm(dim=1))
 
 
-def test_no_events_no_products(source, images):
+def test_no_events_no_products(source: GradientSource, images: ImageData):
     table = grid_events(images, [], "query", GRID, 50, 0)
     dots, norms = source.dots(table, images, torch.zeros(2, source.layout.num_params, dtype=torch.float64), no_update)
     assert (dots.shape, norms.shape) == ((0, 2), (0,))
@@ -237,7 +258,7 @@ def test_no_events_no_products(source, images):
 # --- refusals
 
 
-def test_a_gradient_that_is_not_finite_is_named(source, images):
+def test_a_gradient_that_is_not_finite_is_named(source: GradientSource, images: ImageData):
     table = grid_events(images, [0, 1, 2], "query", GRID, 50, 0)
     loss_weight = np.ones(len(table), np.float32)
     loss_weight[[33, 39]] = np.nan
@@ -249,7 +270,7 @@ def test_a_gradient_that_is_not_finite_is_named(source, images):
         source.dots(bad, images, torch.zeros(0, source.layout.num_params, dtype=torch.float64), no_update)
 
 
-def test_weights_that_are_not_finite_are_named(images):
+def test_weights_that_are_not_finite_are_named(images: ImageData):
     source = make_source(images)
     with torch.no_grad():
         source.model.conv_out.bias[0] = torch.nan
@@ -259,7 +280,7 @@ def test_weights_that_are_not_finite_are_named(images):
         source.check(images)
 
 
-def test_the_check_of_the_first_batch(images):
+def test_the_check_of_the_first_batch(images: ImageData):
     source = make_source(images)
     before = [p.requires_grad for p in source.model.parameters()]
     source.check(images)
@@ -269,7 +290,7 @@ def test_the_check_of_the_first_batch(images):
     source.check(one)
 
 
-def test_the_check_refuses_a_network_that_mixes_samples(images):
+def test_the_check_refuses_a_network_that_mixes_samples(images: ImageData):
     source = make_source(images)
     source.model.conv_in.register_forward_pre_hook(lambda layer, args: (args[0] - 0.1 * args[0].mean(0),))
     with pytest.raises(UnsupportedModelError, match="depends on the other samples of its batch"):

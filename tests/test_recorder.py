@@ -49,6 +49,10 @@ def take_step(recorder, ids, **options):
     return noise, timesteps
 
 
+def flat_gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
 @pytest.fixture
 def recorder(tmp_path):
     with make_recorder(tmp_path / "run") as made:
@@ -77,9 +81,9 @@ def foreign_run(tmp_path_factory):
                 prediction = model(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
                 loss = (prediction - noise).square().mean(dim=(1, 2, 3))
                 loss.mean().backward()
-                before = torch.cat([p.grad.flatten() for p in model.parameters()])
+                before = flat_gradient(model)
                 grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
-                after = torch.cat([p.grad.flatten() for p in model.parameters()])
+                after = flat_gradient(model)
                 rate = learning_rates.get_last_lr()[0]
                 optimizer.step()
                 recorder.step(loss, grad_norm)

@@ -39,6 +39,10 @@ def weights(checkpoint, kind="raw"):
     return load_file(checkpoint.weights_folder(kind) / WEIGHTS_FILE)
 
 
+def flat(state):
+    return torch.cat([state[name].flatten() for name in sorted(state)])
+
+
 @pytest.fixture(scope="module", params=["plain", "everything", "dropout"])
 def settings(request):
     return {
@@ -99,14 +103,15 @@ class TestSteps:
     def test_micro_batches_give_the_weights_of_the_whole_batch(self, tmp_path, toy_train, toy_run, micro_batch_size):
         settings = replace(TOY_TRAINING, micro_batch_size=micro_batch_size)
         checkpoint = quick_train(tmp_path, toy_train, TOY_MODEL, settings)
-        want = weights(list_checkpoints(toy_run)[-1])
-        for name, value in weights(checkpoint).items():
-            # Adam divides by the root of the square: rounding of tiny gradients becomes 1e-3 of a step of 1e-3.
-            torch.testing.assert_close(value, want[name], rtol=0, atol=2e-5)
-        found, whole = (Record.open(run / "record").visits for run in (tmp_path, toy_run))
+        start = flat(make_model(TOY_MODEL, toy_train, 0).state_dict())
+        want, found = flat(weights(list_checkpoints(toy_run)[-1])), flat(weights(checkpoint))
+        # Of the way that training went. Adam turns the rounding of gradients that are nearly 0 into steps of any size.
+        assert (found - want).norm() < 1e-3 * (want - start).norm()
+        parts, whole = (Record.open(run / "record").visits for run in (tmp_path, toy_run))
         for column in ("step", "sample", "noise_key", "flip", "samples_in_step", "learning_rate"):
-            assert (getattr(found, column) == getattr(whole, column)).all()
-        assert found.micro_batch.max() == -(-4 // micro_batch_size) - 1
+            assert (getattr(parts, column) == getattr(whole, column)).all()
+        np.testing.assert_allclose(parts.clip_coefficient, whole.clip_coefficient, rtol=1e-3)
+        assert parts.micro_batch.max() == -(-4 // micro_batch_size) - 1
 
     def test_ema_is_the_moving_average_of_the_raw_weights(self, tmp_path, toy_train):
         """One checkpoint a step: the average follows from the raw weights by diffusers' own warm-up of the decay."""
@@ -114,7 +119,7 @@ class TestSteps:
         quick_train(tmp_path, toy_train, MODEL, settings)
         average = dict(make_model(MODEL, toy_train, 0).named_parameters())
         for step, checkpoint in enumerate(list_checkpoints(tmp_path), start=1):
-            decay = min(0.3, step / (10 + step)) if step > 1 else 0.0
+            decay = min(0.3, step / (9 + step)) if step > 1 else 0.0
             raw, ema = weights(checkpoint), weights(checkpoint, "ema")
             average = {name: decay * average[name].detach() + (1 - decay) * raw[name] for name in raw}
             for name, value in ema.items():

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 
 def sha256_of_file(path: Path) -> str:
@@ -36,7 +39,8 @@ def publish_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        yield partial
+        with _disk_errors(path):
+            yield partial
         sync(partial)
         partial.replace(path)
         sync(path.parent)
@@ -58,7 +62,8 @@ def publish_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
+        with _disk_errors(path):
+            yield partial
         for file in sorted(partial.rglob("*")):
             sync(file)
         sync(partial)
@@ -67,6 +72,18 @@ def publish_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Raise what safetensors reports of a full or failing disk as the OSError that everything else raises."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _swap(partial: Path, path: Path, replaced: Path) -> None:

@@ -98,11 +98,14 @@ def trace(
 
     for baseline in (m for m in wanted if isinstance(m, Baseline)):
         save(_baseline(baseline, subject, queries, settings))
-    for group in _groups([m for m in wanted if isinstance(m, Method)]):
+    # A pass is made of all methods asked for, wanted or not: which ones share it decides how its sums are rounded.
+    for group in _groups([m for m, _ in declared if isinstance(m, Method)]):
         key = sha256_of_json([[specs[m.name] for m in group], _computed_with(settings)])[:16]
         work = StreamingPass(subject, queries, group, settings, folder / "cache" / key, show_progress)
-        for scores in work.run():
-            save(scores)
+        if any(method in wanted for method in group):
+            for scores in work.run():
+                if scores.method in {method.name for method in wanted}:
+                    save(scores)
         work.clean()
     return {name: Scores.load(path) for name, path in folders.items()}
 

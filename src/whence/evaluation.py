@@ -89,19 +89,15 @@ def retrieval_table(
             ]
         )
     return {
-        "columns": [
-            "method",
-            f"precision@{k} of {planted}, for {int(own.sum())} {planted} queries",
-            f"false {planted}@{k}, for {int(others.sum())} other queries",
-            f"unique@{k}, over {len(labels)} queries",
-            f"largest share of queries with one image in their top {k}",
-            "reliability (median)",
-        ],
+        "columns": ["method", f"precision@{k}", f"false@{k}", f"unique@{k}", f"widest@{k}", "reliability"],
         "rows": rows,
-        "caption": f"Retrieval of the {int(is_member.sum())} {planted} images among {len(train)}.",
+        "caption": f"Retrieval of the {int(is_member.sum())} images labelled {planted} among {len(train)}.",
         "notes": [
-            f"A method without any information has precision {is_member.mean():.3f} on average, for either kind of query.",
-            "Unique means nothing alone: random scores have the most.",
+            f"precision@{k}: share of {planted} images in the top {k} of the {int(own.sum())} {planted} queries; "
+            f"false@{k}: in that of the {int(others.sum())} other labelled queries. By chance both are {is_member.mean():.3f}.",
+            f"unique@{k}: share of different images among the top {k} of all {len(labels)} queries; widest@{k}: share of queries "
+            "that have one and the same image there. Random scores have the most unique images, so this means nothing alone.",
+            "reliability: median over queries of the split-half reliability over noise draws.",
         ],
     }
 

@@ -147,21 +147,23 @@ class GradientSource:
         norms = np.empty((len(rows), grid.timesteps))
         parts = 2 if halves else 1
         points_per_batch = self.batch_size // grid.draws
+        buffer = sums.new_zeros(points_per_batch * parts, self.layout.num_params)
         for start in range(0, len(rows) * grid.timesteps, points_per_batch):
             events = table.take(slice(start * grid.draws, (start + points_per_batch) * grid.draws))
             num_points = len(events) // grid.draws
-            sink = GatherSink(self.layout, num_points * parts, sums)
+            sink = GatherSink(self.layout, buffer[: num_points * parts], units_per_group=parts)
             self._backward(events, images, num_points * parts, 1.0 / grid.draws, [sink])
-            gradients = sink.rows.unflatten(0, (num_points, parts))
+            lengths = torch.cat(
+                [sink.group_norm_squared[:, None], sink.unit_norm_squared.unflatten(0, (num_points, parts))], dim=1
+            ).sqrt()
             samples, steps = np.divmod(np.arange(start, start + num_points), grid.timesteps)
-            lengths = _lengths(gradients)
             norms[samples, steps] = lengths[:, 0].cpu().numpy()
             self._check_finite(norms[samples, steps], events.take(slice(0, None, grid.draws)), images)
             for sample in np.unique(samples):
-                here = torch.from_numpy(samples == sample)
-                phase_of_point = torch.from_numpy(steps[samples == sample] * phases // grid.timesteps)
-                factors = _coefficients(lengths[here], phase_of_point, families, phases, halves) / grid.timesteps
-                sums[sample].addmm_(factors.flatten(1).to(sums), gradients[here].flatten(0, 1))
+                first, after = np.searchsorted(samples, [sample, sample + 1])
+                phase_of_point = torch.from_numpy(steps[first:after] * phases // grid.timesteps)
+                factors = _coefficients(lengths[first:after], phase_of_point, families, phases, halves) / grid.timesteps
+                sums[sample].addmm_(factors.flatten(1).to(sums), sink.rows[first * parts : after * parts])
             update(len(events))
         return [GridVectors(vectors, norm) for vectors, norm in zip(sums, norms, strict=True)]
 
@@ -207,12 +209,6 @@ class GradientSource:
                 f"The gradient of {images.ids[row]} at timestep {timestep} is not finite at {self.label} ({len(bad)} "
                 "such in this batch). Look at the checkpoint's weights, or leave it out."
             )
-
-
-def _lengths(gradients: Float[Tensor, "point part param"]) -> Float64[Tensor, "point length"]:
-    """Lengths of A + B, and, where there are halves, of A and of B."""
-    whole = torch.linalg.vector_norm(gradients.sum(1), dim=1, dtype=torch.float64)
-    return torch.cat([whole[:, None], torch.linalg.vector_norm(gradients, dim=2, dtype=torch.float64)], dim=1)
 
 
 def _coefficients(

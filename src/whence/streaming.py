@@ -3,7 +3,7 @@
 At each checkpoint the queries' gradients come first, then one pass over the training events, whose gradients meet the queries'
 layer by layer and are dropped. What is finished lies in a cache until the scores are written:
 
-    <step>/query-<row>.safetensors            gradient sums of one query; removed when the checkpoint is done
+    <step>/query-<row>.safetensors            gradient sums of one query, if they took long; removed in the end
     <step>/tile-<turn>-<row>.safetensors      contributions of a block of training images to the queries of one turn
     <step>/done                               the checkpoint needs no further work
 
@@ -11,13 +11,15 @@ A run that was killed goes on from these. Methods that need the same gradients s
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from numpy import ndarray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -31,10 +33,19 @@ from whence.diffusion.process import even_timesteps
 from whence.errors import ConfigError, ScoresError
 from whence.events import EventTable, Replays
 from whence.gradients import Family, GradientSource, GridVectors, num_vectors
-from whence.methods.frame import Grid, Method, Replay, WeightsRule
+from whence.methods.frame import Grid, Method, Replay, Unit, WeightsRule
 from whence.progress import progress_bar
 from whence.scores import Scores
 from whence.subject import Subject
+
+
+WORTH_KEEPING_S = 5.0
+"""Gradient sums of a query that took less long are computed again after an interruption, rather than written."""
+
+_FAMILIES: tuple[Family, ...] = ("none", "timestep")
+
+_Products = tuple[Method, Float64[ndarray, "train vector"], dict[str, ndarray]]
+"""A method, its training images' products with all query vectors, and facts about the training images."""
 
 
 def check_units(method: Method) -> None:
@@ -52,8 +63,31 @@ def check_units(method: Method) -> None:
         raise ConfigError(f"{method.name}: on the training side, {kind} has unit {', '.join(allowed)}.")
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """The gradient sums of as many queries as fit into memory."""
+
+    index: int
+    num_queries: int
+    vectors: Float[Tensor, "vector param"]
+    """Those of all the queries, one after the other."""
+    lengths: Float64[ndarray, "query length"]
+    """Lengths of each query's whole sum and of its halves, in the family ``none``; zeros where it is not computed."""
+    norms: Float64[ndarray, "query timestep"]
+    """Length of each query's gradient at each timestep."""
+
+
 class StreamingPass:
-    """One pass over checkpoints, queries and training images for methods that share their gradients."""
+    """One pass over checkpoints, queries and training images for methods that share their gradients.
+
+    Args:
+        subject: Checkpoints, training images and record.
+        queries: Query images.
+        methods: Declarations with the same events, output and checkpoints.
+        settings: Phases, arithmetic, batch size.
+        cache: Folder of this very pass; what is in it is used.
+        show_progress: Show a progress bar.
+    """
 
     def __init__(
         self,
@@ -65,69 +99,69 @@ class StreamingPass:
         show_progress: bool,
     ):
         self.subject, self.queries, self.methods, self.settings = subject, queries, methods, settings
-        self.train_events = self.methods[0].train.events
-        query_events = self.methods[0].query.events
+        self.cache, self.show_progress = cache, show_progress
+        self.train_events = methods[0].train.events
+        query_events = methods[0].query.events
         assert isinstance(query_events, Grid)  # check_units
         self.query_grid = query_events
-        all_checkpoints = list(subject.checkpoints)
-        self.checkpoints = all_checkpoints if self.methods[0].checkpoints == "all" else all_checkpoints[-1:]
-        self.previous_steps = dict(
-            zip([c.step for c in all_checkpoints], [0, *(c.step for c in all_checkpoints)], strict=False)
-        )
-        self.halves = self.query_grid.draws > 1
-        self.families: list[Family] = [
-            f for f in ("none", "timestep") if any(_query_family(m) == f for m in self.methods)
-        ]
-        self.show_progress = show_progress
-        self.cache = cache
+        self.halves = query_events.draws > 1
+        self.families: list[Family] = [f for f in _FAMILIES if any(_family(m.query.unit) == f for m in methods)]
+        steps = [c.step for c in subject.checkpoints]
+        self.previous_step = dict(zip(steps, [0, *steps], strict=False))
+        self.checkpoints = list(subject.checkpoints)[-1 if methods[0].checkpoints == "last" else 0 :]
+        self._tables: dict[tuple[int, WeightsRule], EventTable] = {}
 
     def run(self) -> list[Scores]:
-        """Compute what is not in the cache, then add up the checkpoints."""
-        with progress_bar("trace", self._num_passes(), "pass", shown=self.show_progress) as bar:
+        """Compute what is not in the cache, then add up the checkpoints: one result per method."""
+        with progress_bar("trace", self._num_passes(num_turns=1), "pass", shown=self.show_progress) as bar:
             for checkpoint in self.checkpoints:
-                self._run_checkpoint(checkpoint, bar)
+                if (self._folder(checkpoint) / "done").exists():
+                    bar.update(bar.total // len(self.checkpoints))
+                else:
+                    self._run_checkpoint(checkpoint, bar)
         return [self._assemble(method) for method in self.methods]
 
     def clean(self) -> None:
         """Remove the cache, once the scores are written."""
         shutil.rmtree(self.cache, ignore_errors=True)
 
-    def _num_passes(self) -> int:
-        """Sample-passes in all, for the bar."""
+    def _folder(self, checkpoint: Checkpoint) -> Path:
+        return self.cache / f"{checkpoint.step:08d}"
+
+    def _num_passes(self, num_turns: int) -> int:
+        """Count sample-passes in all, for the bar."""
         if isinstance(self.train_events, Grid):
-            train = (
-                len(self.checkpoints) * len(self.subject.train) * self.train_events.timesteps * self.train_events.draws
-            )
+            per_image = self.train_events.timesteps * self.train_events.draws
+            train = len(self.checkpoints) * len(self.subject.train) * per_image
         else:
-            train = sum(len(self._replay(checkpoint, "equal")) for checkpoint in self.checkpoints)
+            train = sum(len(self._replayed_events(c, self.methods[0].weights)) for c in self.checkpoints)
         query = len(self.checkpoints) * len(self.queries) * self.query_grid.timesteps * self.query_grid.draws
-        return train + query
+        return num_turns * train + query
 
     def _run_checkpoint(self, checkpoint: Checkpoint, bar: Any) -> None:
-        folder = self.cache / f"{checkpoint.step:08d}"
-        blocks = range(0, len(self.subject.train), self.settings.block_size)
-        done = folder / "done"
-        source: GradientSource | None = None
-        if not done.exists():
-            source = self.subject.source(checkpoint, self.settings)
-            source.check(self.subject.train)
-            for turn, rows in enumerate(self._query_turns(source.layout.num_params)):
-                bar.set_description_str(f"{'queries at ' + str(checkpoint.step):<24}")
-                vectors = [self._query_vectors(source, folder, row, bar.update) for row in rows]
-                bar.set_description_str(f"{'training at ' + str(checkpoint.step):<24}")
-                for start in blocks:
-                    path = folder / f"tile-{turn:03d}-{start:08d}.safetensors"
-                    if not path.exists():
-                        _write_arrays(path, self._tile(source, checkpoint, vectors, start, bar.update))
-            for path in folder.glob("query-*"):
-                path.unlink()
-            with publish_file(done) as partial:
-                partial.touch()
+        folder = self._folder(checkpoint)
+        source = self.subject.source(checkpoint, self.settings)
+        source.check(self.subject.train)
+        turns = self._split_queries(source.layout.num_params)
+        bar.total = self._num_passes(len(turns))
+        for index, rows in enumerate(turns):
+            bar.set_description_str(f"{f'queries at {checkpoint.step}':<24}")
+            turn = self._make_turn(index, [self._query_vectors(source, folder, row, bar.update) for row in rows])
+            bar.set_description_str(f"{f'training at {checkpoint.step}':<24}")
+            for start in range(0, len(self.subject.train), self.settings.block_size):
+                block = range(start, min(start + self.settings.block_size, len(self.subject.train)))
+                path = folder / f"tile-{index:03d}-{start:08d}.safetensors"
+                if not path.exists():
+                    _write_arrays(path, self._tile(source, checkpoint, turn, block, bar.update))
+        for path in folder.glob("query-*"):
+            path.unlink()
+        with publish_file(folder / "done") as partial:
+            partial.touch()
 
-    def _query_turns(self, num_params: int) -> list[range]:
+    def _split_queries(self, num_params: int) -> list[range]:
         """Split the queries so that their gradients fit into the memory allowed."""
         per_query = sum(num_vectors(f, self.settings.phases, self.halves) for f in self.families) * num_params
-        item_bytes = 8 if self.settings.dtype == "float64" else 4
+        item_bytes = np.dtype(self.settings.dtype).itemsize
         at_once = max(1, int(self.settings.query_memory_gib * 2**30 // (per_query * item_bytes)))
         return [range(i, min(i + at_once, len(self.queries))) for i in range(0, len(self.queries), at_once)]
 
@@ -135,87 +169,95 @@ class StreamingPass:
         self, source: GradientSource, folder: Path, row: int, update: Callable[[int], Any]
     ) -> GridVectors:
         path = folder / f"query-{row:06d}.safetensors"
-        if not path.exists():
-            (made,) = source.grid_vectors(
-                self.queries,
-                [row],
-                "query",
-                self.query_grid,
-                self.families,
-                phases=self.settings.phases,
-                halves=self.halves,
-                seed=self.settings.seed,
-                update=update,
-            )
+        if path.exists():
+            update(self.query_grid.timesteps * self.query_grid.draws)
+            arrays = _read_arrays(path)
+            return GridVectors(torch.from_numpy(arrays["vectors"]).to(source.device), arrays["norms"])
+        started_s = time.monotonic()
+        (made,) = source.grid_vectors(
+            self.queries,
+            [row],
+            "query",
+            self.query_grid,
+            self.families,
+            phases=self.settings.phases,
+            halves=self.halves,
+            seed=self.settings.seed,
+            update=update,
+        )
+        if time.monotonic() - started_s > WORTH_KEEPING_S:
             _write_arrays(path, {"vectors": made.vectors.cpu().numpy(), "norms": made.norms})
-        arrays = _read_arrays(path)
-        return GridVectors(torch.from_numpy(arrays["vectors"]).to(source.device), arrays["norms"])
+        return made
+
+    def _make_turn(self, index: int, queries: list[GridVectors]) -> _Turn:
+        vectors = torch.cat([q.vectors for q in queries])
+        norms = np.stack([q.norms for q in queries])
+        lengths = np.array([self._sample_lengths(q.vectors) for q in queries])
+        return _Turn(index, len(queries), vectors, lengths, norms)
+
+    def _sample_lengths(self, vectors: Float[Tensor, "vector param"]) -> list[float]:
+        if self.families[0] != "none":
+            return [0.0, 0.0, 0.0]
+        whole = vectors[: self.settings.phases].sum(0)
+        half_a = vectors[self.settings.phases] if self.halves else whole
+        return [float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in (whole, half_a, 2 * whole - half_a)]
 
     def _tile(
-        self,
-        source: GradientSource,
-        checkpoint: Checkpoint,
-        vectors: list[GridVectors],
-        start: int,
-        update: Callable[[int], Any],
+        self, source: GradientSource, checkpoint: Checkpoint, turn: _Turn, block: range, update: Callable[[int], Any]
     ) -> dict[str, ndarray]:
         """Contributions of one block of training images: by method, (query, phase, train) and (half, query, train)."""
-        stop = min(start + self.settings.block_size, len(self.subject.train))
-        stacked = torch.cat([v.vectors for v in vectors])
-        make = self._replayed if isinstance(self.train_events, Replay) else self._gridded
-        arrays = {"query_norms": np.stack([v.norms for v in vectors])}
-        query_lengths = [self._sample_lengths(v.vectors) for v in vectors]
-        for method, products, about in make(source, checkpoint, stacked, range(start, stop), update):
-            phases, halves = self._split(
-                method, products.reshape(stop - start, len(vectors), -1), np.array(query_lengths)
-            )
-            arrays |= {
-                f"{method.name}.phases": phases,
-                **({f"{method.name}.halves": halves} if halves is not None else {}),
-            }
-            arrays |= {f"{method.name}.{name}": array for name, array in about.items()}
+        products_of = self._replayed if isinstance(self.train_events, Replay) else self._gridded
+        arrays = {"query_norms": turn.norms}
+        for method, products, facts in products_of(source, checkpoint, turn.vectors, block, update):
+            facts["phases"], halves = self._split(method, products.reshape(len(block), turn.num_queries, -1), turn)
+            arrays |= {f"{method.name}.{name}": array for name, array in facts.items()}
+            if halves is not None:
+                arrays[f"{method.name}.halves"] = halves
         return arrays
 
     def _replayed(
-        self, source: GradientSource, checkpoint: Checkpoint, stacked: Tensor, rows: range, update: Callable[[int], Any]
-    ):
+        self,
+        source: GradientSource,
+        checkpoint: Checkpoint,
+        vectors: Float[Tensor, "vector param"],
+        block: range,
+        update: Callable[[int], Any],
+    ) -> Iterator[_Products]:
         """Give, for each method, the weighted products of replayed events, added up by training image."""
-        tables = {
-            rule: _rows_between(self._replay(checkpoint, rule), rows) for rule in {m.weights for m in self.methods}
-        }
-        table = next(iter(tables.values()))
-        dots, norms = source.dots(table, self.subject.train, stacked, update)
-        sample = table.row - rows.start
-        visits = np.bincount(sample, minlength=len(rows))
+        table = _rows_between(self._replayed_events(checkpoint, self.methods[0].weights), block)
+        dots, norms = source.dots(table, self.subject.train, vectors, update)
+        image = table.row - block.start
+        visits = np.bincount(image, minlength=len(block))
         with np.errstate(invalid="ignore"):
-            rms = np.sqrt(np.bincount(sample, norms**2, len(rows)) / visits)  # NaN: not visited
-        timesteps = np.full(len(rows), -1, dtype=np.int64)
-        timesteps[sample] = table.timestep  # events are in order of step, so the last visit stays
+            rms = np.sqrt(np.bincount(image, norms**2, len(block)) / visits)  # 0 / 0 where there was no visit
+        timesteps = np.full(len(block), -1, dtype=np.int64)
+        timesteps[image] = table.timestep  # events are in order of step, so the last visit stays
         for method in self.methods:
-            weight = tables[method.weights].weight
-            scale = (
-                np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-                if method.train.unit == "event"
-                else 1.0
-            )
-            products = np.zeros((len(rows), dots.shape[1]))
-            np.add.at(products, sample, (weight * scale)[:, None] * dots)
-            weights = np.bincount(sample, weight, len(rows))
+            weight = _rows_between(self._replayed_events(checkpoint, method.weights), block).weight
+            factor = weight * (_inverse(norms) if method.train.unit == "event" else 1.0)
+            products = np.zeros((len(block), dots.shape[1]))
+            np.add.at(products, image, factor[:, None] * dots)
+            weights = np.bincount(image, weight, len(block))
             yield method, products, {"train_norms": rms, "train_timesteps": timesteps, "train_weights": weights}
 
     def _gridded(
-        self, source: GradientSource, checkpoint: Checkpoint, stacked: Tensor, rows: range, update: Callable[[int], Any]
-    ):
+        self,
+        source: GradientSource,
+        checkpoint: Checkpoint,
+        vectors: Float[Tensor, "vector param"],
+        block: range,
+        update: Callable[[int], Any],
+    ) -> Iterator[_Products]:
         """Give, for each method, the weighted products of gradients summed over a grid."""
         grid = self.train_events
         assert isinstance(grid, Grid)
-        families: list[Family] = [f for f in ("none", "timestep") if any(_train_family(m) == f for m in self.methods)]
-        products = np.empty((len(families), len(rows), len(stacked)))
-        lengths = np.empty((len(families), len(rows)))
-        rms = np.empty(len(rows))
+        families: list[Family] = [f for f in _FAMILIES if any(_family(m.train.unit) == f for m in self.methods)]
+        products = np.empty((len(families), len(block), len(vectors)))
+        lengths = np.empty((len(families), len(block)))
+        rms = np.empty(len(block))
         at_once = max(1, source.batch_size // (grid.timesteps * grid.draws))
-        for first in range(0, len(rows), at_once):
-            some = list(rows[first : first + at_once])
+        for first in range(0, len(block), at_once):
+            some = list(block[first : first + at_once])
             made = source.grid_vectors(
                 self.subject.train,
                 some,
@@ -229,59 +271,46 @@ class StreamingPass:
             )
             here = slice(first, first + len(some))
             gradients = torch.stack([m.vectors for m in made], dim=1)  # family, train, param
-            products[:, here] = (gradients @ stacked.T).double().cpu().numpy()
+            products[:, here] = (gradients @ vectors.T).double().cpu().numpy()
             lengths[:, here] = torch.linalg.vector_norm(gradients, dim=2, dtype=torch.float64).cpu().numpy()
             rms[here] = [np.sqrt(np.mean(m.norms**2)) for m in made]
         for method in self.methods:
-            family = families.index(_train_family(method))
-            weight = 1.0
-            if method.weights != "equal":
-                replays = self._need_replays(method.weights)
-                weight = replays.grid_weight(self.previous_steps[checkpoint.step], checkpoint.step, method.weights)
-            scale = np.divide(1.0, lengths[family], out=np.zeros(len(rows)), where=lengths[family] > 0)
-            scale = weight * (scale if method.train.unit == "sample" else np.ones(len(rows)))
-            yield (
-                method,
-                products[family] * scale[:, None],
-                {"train_norms": rms, "train_weights": np.full(len(rows), weight)},
-            )
+            family = families.index(_family(method.train.unit))
+            weight = self._grid_weight(checkpoint, method.weights)
+            factor = weight * (_inverse(lengths[family]) if method.train.unit == "sample" else np.ones(len(block)))
+            facts = {"train_norms": rms, "train_weights": np.full(len(block), weight)}
+            yield method, products[family] * factor[:, None], facts
 
     def _split(
-        self,
-        method: Method,
-        products: Float64[ndarray, "train query vector"],
-        query_lengths: Float64[ndarray, "query length"],
-    ) -> tuple[ndarray, ndarray | None]:
+        self, method: Method, products: Float64[ndarray, "train query vector"], turn: _Turn
+    ) -> tuple[Float64[ndarray, "query phase train"], Float64[ndarray, "half query train"] | None]:
         """Read phases and halves off a method's family; see ``gradients`` for the order of its rows."""
-        family = _query_family(method)
-        start = sum(
-            num_vectors(f, self.settings.phases, self.halves) for f in self.families[: self.families.index(family)]
-        )
-        phases = products[:, :, start : start + self.settings.phases]
-        halves = None
-        if self.halves:
-            after = start + self.settings.phases
-            half_a = products[:, :, after]
-            half_b = 2 * phases.sum(2) - half_a if family == "none" else products[:, :, after + 1]
-            halves = np.stack([half_a, half_b])
-        if method.query.unit == "sample":
-            inverse = np.divide(1.0, query_lengths, out=np.zeros_like(query_lengths), where=query_lengths > 0)
-            phases = phases * inverse[None, :, :1]
-            halves = None if halves is None else halves * inverse.T[1:, None]
-        return np.moveaxis(phases, 0, -1), None if halves is None else np.swapaxes(halves, 1, 2)
+        num_phases = self.settings.phases
+        family = _family(method.query.unit)
+        before = self.families[: self.families.index(family)]
+        start = sum(num_vectors(f, num_phases, self.halves) for f in before)
+        phases = products[:, :, start : start + num_phases]
+        scale = _inverse(turn.lengths) if method.query.unit == "sample" else np.ones_like(turn.lengths)
+        by_phase = np.moveaxis(phases * scale[:, :1], 0, -1)
+        if not self.halves:
+            return by_phase, None
+        half_a = products[:, :, start + num_phases]
+        half_b = 2 * phases.sum(2) - half_a if family == "none" else products[:, :, start + num_phases + 1]
+        return by_phase, np.stack([(half_a * scale[:, 1]).T, (half_b * scale[:, 2]).T])
 
-    def _sample_lengths(self, vectors: Tensor) -> list[float]:
-        """Lengths of a query's whole sum and of its halves, in the family ``none``; zeros where it is not computed."""
-        if self.families[0] != "none":
-            return [0.0, 0.0, 0.0]
-        whole = vectors[: self.settings.phases].sum(0)
-        half_a = vectors[self.settings.phases] if self.halves else whole
-        return [float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in (whole, half_a, 2 * whole - half_a)]
-
-    def _replay(self, checkpoint: Checkpoint, rule: WeightsRule) -> EventTable:
+    def _replayed_events(self, checkpoint: Checkpoint, rule: WeightsRule) -> EventTable:
+        """List the events of a checkpoint's interval, once."""
         assert isinstance(self.train_events, Replay)
-        previous = self.previous_steps[checkpoint.step]
-        return self._need_replays(rule).events(previous, checkpoint.step, self.train_events, rule)
+        key = (checkpoint.step, rule)
+        if key not in self._tables:
+            replays, previous = self._need_replays(rule), self.previous_step[checkpoint.step]
+            self._tables[key] = replays.events(previous, checkpoint.step, self.train_events, rule)
+        return self._tables[key]
+
+    def _grid_weight(self, checkpoint: Checkpoint, rule: WeightsRule) -> float:
+        if rule == "equal":
+            return 1.0
+        return self._need_replays(rule).grid_weight(self.previous_step[checkpoint.step], checkpoint.step, rule)
 
     def _need_replays(self, rule: WeightsRule) -> Replays:
         if self.subject.replays is None:
@@ -326,7 +355,7 @@ class StreamingPass:
         )
 
     def _join(self, checkpoint: Checkpoint, method: Method) -> dict[str, ndarray]:
-        folder = self.cache / f"{checkpoint.step:08d}"
+        folder = self._folder(checkpoint)
         turns: dict[str, list[dict[str, ndarray]]] = {}
         for path in sorted(folder.glob("tile-*.safetensors")):
             turns.setdefault(path.name.split("-")[1], []).append(_read_arrays(path))
@@ -342,12 +371,14 @@ class StreamingPass:
         return joined
 
 
-def _query_family(method: Method) -> Family:
-    return "timestep" if method.query.unit == "timestep" else "none"
+def _family(unit: Unit) -> Family:
+    """Say which sums a normalisation is made of."""
+    return "timestep" if unit == "timestep" else "none"
 
 
-def _train_family(method: Method) -> Family:
-    return "timestep" if method.train.unit == "timestep" else "none"
+def _inverse(lengths: ndarray) -> ndarray:
+    """One over a length; 0 for a gradient of zero, which stays zero."""
+    return np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
 
 
 def _rows_between(table: EventTable, rows: range) -> EventTable:

@@ -80,7 +80,7 @@ def capture_factors(model: nn.Module, inputs: Tensor, num_units: int) -> tuple[A
 
 
 def check_gradients(model: nn.Module, inputs: Tensor, num_units: int) -> None:
-    """Compare what is materialised with the batch-of-one gradients, and norms and products with what is materialised."""
+    """Compare what is materialised with the batch-of-one gradients, and norms and products with the former."""
     want = batch_of_one(model, inputs, num_units)
     factors, names = capture_factors(model, inputs, num_units)
     # A sum of some thousand products at most, each rounded to 6e-8 or 1e-16 of the largest.

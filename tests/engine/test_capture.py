@@ -1,18 +1,21 @@
 """What capture does to a model, and what it refuses; then whole networks against the batch-of-one reference."""
 
 from collections.abc import Callable
+from typing import Any
 
 import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from engine.contract import KeepFactors, batch_of_one, loss
 from reference import gradient
 from whence.diffusion.adapters import check_model, predict
 from whence.diffusion.objectives import sample_loss
 from whence.diffusion.process import NoiseProcess
+from whence.engine._base import AbstractLayerFactors
 from whence.engine.capture import Capture, check_against_autograd
 from whence.engine.sinks import GatherSink, Layout
 from whence.errors import ConfigError, UnsupportedModelError
@@ -45,7 +48,7 @@ def gather(model: nn.Module, inputs: Tensor, num_units: int, patterns: tuple[str
     """Each unit's gradient by parameter."""
     capture = Capture(model, patterns)
     layout = Layout.of(capture.parameters)
-    sink = GatherSink(layout, num_units, inputs)
+    sink = GatherSink(layout, inputs.new_zeros(num_units, layout.num_params))
     with capture.hooks():
         capture.backward(loss(model(inputs)), num_units, [sink])
     return {
@@ -65,7 +68,7 @@ def check(model: nn.Module, inputs: Tensor) -> None:
     check_against_autograd(Capture(model), lambda some: loss(model(inputs[some])), len(inputs), len(inputs))
 
 
-def two_layers() -> Model:
+def two_layers() -> Any:
     return Model(lambda m, x: m.last(m.first(x).tanh()), first=nn.Linear(3, 4), last=nn.Linear(4, 2))
 
 
@@ -100,12 +103,12 @@ def test_gradients_of_a_training_loop_are_kept():
 
 
 class FailsToConsume:
-    def consume(self, factors, names):
+    def consume(self, factors: AbstractLayerFactors, names: dict[str, str]):
         raise RuntimeError("no disk")
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "sink"])
-def test_the_model_is_left_as_it_was_after_an_exception(where):
+def test_the_model_is_left_as_it_was_after_an_exception(where: str):
     model = two_layers()
     before = state_of(model)
     capture, sink = Capture(model), KeepFactors()
@@ -231,7 +234,7 @@ def test_a_layer_fed_with_one_row_for_all_events_is_refused():
 
 
 def test_an_input_changed_in_place_afterwards_is_refused():
-    def run(m, x):
+    def run(m: Any, x: Tensor):
         middle = m.first(x)
         after = m.last(middle)
         middle.mul_(2)
@@ -247,10 +250,10 @@ def test_an_input_changed_in_place_afterwards_is_refused():
 def test_a_layer_called_again_in_the_midst_of_the_backward_pass_is_refused():
     """Checkpointing of the old kind; the two calls would each have a norm of their own."""
 
-    def run(m, x):
+    def run(m: Any, x: Tensor):
         y = m.first(x).tanh()
         for _ in range(2):
-            y = torch.utils.checkpoint.checkpoint(m.last, y, use_reentrant=True)
+            y = checkpoint(m.last, y, use_reentrant=True)
         return y
 
     model = Model(run, first=nn.Linear(3, 3), last=nn.Linear(3, 3))
@@ -261,45 +264,45 @@ def test_a_layer_called_again_in_the_midst_of_the_backward_pass_is_refused():
 # --- layers that are used in unusual ways
 
 
-def call_twice(m, x):
+def call_twice(m: Any, x: Tensor):
     return m.last(m.conv(x).mean((2, 3)) + m.conv(x[..., ::2, 1:].tanh()).square().mean((2, 3)))
 
 
-def with_unused_output(m, x):
+def with_unused_output(m: Any, x: Tensor):
     m.conv(x)
     m.last(x.mean((2, 3)))
     return m.last(m.conv(x.tanh()).mean((2, 3)))
 
 
-def never_used(m, x):
+def never_used(m: Any, x: Tensor):
     m.conv(x)
     return m.last(x.mean((2, 3)))
 
 
-def fed_by_a_constant(m, x):
+def fed_by_a_constant(m: Any, x: Tensor):
     time = torch.arange(len(x) * 2, dtype=x.dtype).reshape(-1, 2, 1, 1).expand(-1, -1, 3, 3)
     return m.last(m.conv(time).add_(x[..., :3, :3]).mean((2, 3)))
 
 
-def changed_in_place(m, x):
+def changed_in_place(m: Any, x: Tensor):
     y = m.conv(x)
     y += F.relu_(m.conv(x.cos()))
     return m.last(y.mean((2, 3))).mul_(3)
 
 
-def with_keyword(m, x):
+def with_keyword(m: Any, x: Tensor):
     return m.last(input=m.conv(input=x).mean((2, 3)))
 
 
-def with_no_grad_between(m, x):
+def with_no_grad_between(m: Any, x: Tensor):
     with torch.no_grad():
         offset = m.last(m.conv(x).mean((2, 3)))
     return m.last(m.conv(x).sin().mean((2, 3))) + offset
 
 
-def checkpointed(m, x):
-    y = torch.utils.checkpoint.checkpoint(m.conv, x, use_reentrant=False)
-    y = torch.utils.checkpoint.checkpoint(lambda z: m.conv(z.sin()).exp(), y, use_reentrant=False)
+def checkpointed(m: Any, x: Tensor):
+    y = checkpoint(m.conv, x, use_reentrant=False)
+    y = checkpoint(lambda z: m.conv(z.sin()).exp(), y, use_reentrant=False)
     return m.last(y.mean((2, 3)))
 
 
@@ -318,7 +321,7 @@ def checkpointed(m, x):
     ids=lambda run: run.__name__,
 )
 @pytest.mark.parametrize("num_units", [4, 2])
-def test_gradients_are_right_however_a_layer_is_used(run, num_units):
+def test_gradients_are_right_however_a_layer_is_used(run: Callable[..., Tensor], num_units: int):
     model = Model(run, conv=nn.Conv2d(2, 2, 3, padding=1), last=nn.Linear(2, 3))
     data = inputs(4, 2, 4, 5)
     data[:] = data[:1] if run is with_no_grad_between else data  # what is under no_grad must not depend on the batch
@@ -394,7 +397,7 @@ MIXES = {
 
 
 @pytest.mark.parametrize("name", list(MIXES))
-def test_the_check_finds_samples_that_are_mixed(name):
+def test_the_check_finds_samples_that_are_mixed(name: str):
     model = Model(MIXES[name], first=nn.Linear(3, 3).requires_grad_(False), last=nn.Linear(3, 3))
     with pytest.raises(
         UnsupportedModelError, match=r"depends on the other samples of its batch, for \d parameters: last"
@@ -414,8 +417,8 @@ def test_the_check_in_float32_passes_and_fails():
 # --- networks of diffusers
 
 
-def unet(**changes) -> diffusers.UNet2DModel:
-    settings = {
+def unet(**changes: Any) -> Any:
+    settings: dict[str, Any] = {
         "sample_size": 8,
         "block_out_channels": (8, 8),
         "layers_per_block": 1,
@@ -459,7 +462,7 @@ UNETS = {
 
 
 @pytest.mark.parametrize("name", list(UNETS))
-def test_unets_have_the_gradients_of_one_event_at_a_time(name):
+def test_unets_have_the_gradients_of_one_event_at_a_time(name: str):
     model = unet(**UNETS[name])
     if name == "gradient checkpointing":
         model.enable_gradient_checkpointing()
@@ -478,7 +481,8 @@ def test_unets_have_the_gradients_of_one_event_at_a_time(name):
         noisy = process.add_noise(clean[some], noise[some], timesteps[some])
         return sample_loss(predict(model, noisy, timesteps[some]), noise[some], "mse")
 
-    sink = GatherSink(Layout.of(capture.parameters), 2, clean)
+    layout = Layout.of(capture.parameters)
+    sink = GatherSink(layout, clean.new_zeros(2, layout.num_params))
     with capture.hooks():
         capture.backward(outputs(slice(None)), 2, [sink])
     check_against_autograd(capture, outputs, 2, 2)
@@ -496,7 +500,7 @@ def test_a_learned_time_embedding_is_refused_by_name():
 
 
 @pytest.mark.parametrize("kind", [None, "timestep", "identity"])
-def test_class_conditional_models_are_refused(kind):
+def test_class_conditional_models_are_refused(kind: str | None):
     model = unet(class_embed_type=kind, num_class_embeds=4 if kind is None else None)
     with pytest.raises(UnsupportedModelError, match=f"takes class labels .class_embed_type={kind!r}"):
         check_model(model)

@@ -1,14 +1,16 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from engine.contract import Case, LayerContract, batch_of_one, capture_factors, check_gradients
 from whence.engine import conv
 
 
-def crop(inputs):
+def crop(inputs: Tensor):
     """A smaller image for the second call."""
     return inputs[..., 1:, :-1]
 
@@ -33,51 +35,51 @@ CASES = {
 
 class TestConv2d(LayerContract):
     @pytest.fixture(params=list(CASES))
-    def case(self, request):
+    def case(self, request: pytest.FixtureRequest):
         return CASES[request.param]
 
 
 @st.composite
-def cases(draw):
+def cases(draw: st.DrawFn):
     groups = draw(st.integers(1, 2))
-    channels = [groups * draw(st.integers(1, 2)) for _ in range(2)]
-    pairs = {
-        name: (draw(st.integers(1, most)), draw(st.integers(1, most)))
-        for name, most in [("kernel", 3), ("dilation", 2)]
-    }
-    padding = draw(st.sampled_from(["same", "valid", 0, 1, (0, 2)]))
-    mode = draw(st.sampled_from(["zeros", "reflect", "circular", "replicate"]))
+    in_channels, out_channels = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
+    kernel_size = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    padding: Any = draw(st.sampled_from(["same", "valid", 0, 1, (0, 2)]))
+    mode: Any = draw(st.sampled_from(["zeros", "reflect", "circular", "replicate"]))
     stride = 1 if padding == "same" else (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
     bias = draw(st.booleans())
     size = draw(st.tuples(st.integers(5, 8), st.integers(5, 8)))  # a dilated kernel spans 5, a reflection needs 3
 
     def make():
         return nn.Conv2d(
-            *channels,
-            pairs["kernel"],
+            in_channels,
+            out_channels,
+            kernel_size,
             stride=stride,
             padding=padding,
-            dilation=pairs["dilation"],
+            dilation=dilation,
             groups=groups,
             bias=bias,
             padding_mode=mode,
         )
 
-    return Case(make, (channels[0], *size))
+    return Case(make, (in_channels, *size))
 
 
 # torch tells that an uneven padding costs it a copy.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(case=cases(), units=st.integers(1, 3), members=st.integers(1, 2))
-def test_any_geometry(case, units, members):
+def test_any_geometry(case: Case, units: int, members: int):
     check_gradients(case.build(), case.inputs(units * members), units)
 
 
 @pytest.mark.parametrize("name", ["3x3", "groups", "1x1 in groups"])
-def test_channels_last(name):
+def test_channels_last(name: str):
     case = CASES[name]
-    layer = case.build().to(memory_format=torch.channels_last)
+    layer: Any = case.build()
+    layer.to(memory_format=torch.channels_last)
     factors, _ = capture_factors(layer, case.inputs(4).to(memory_format=torch.channels_last), num_units=2)
     # The reference is laid out plainly: of one event cut from such a batch torch 2.13 itself has wrong gradients (1x1
     # in groups).
@@ -90,7 +92,9 @@ def test_channels_last(name):
 @pytest.mark.parametrize(
     "at_once", [1, 2 * 2 * 2 * 9 * 4 * 5]
 )  # one unit at a time; two, so that the last block is smaller
-def test_gradients_do_not_depend_on_how_many_are_unfolded_at_once(monkeypatch, name, at_once):
+def test_gradients_do_not_depend_on_how_many_are_unfolded_at_once(
+    monkeypatch: pytest.MonkeyPatch, name: str, at_once: int
+):
     case = CASES[name]
     want = capture_factors(case.build(), case.inputs(6), 3)[0].materialise()["weight"]
     monkeypatch.setitem(conv._PATCHES_AT_ONCE, "cpu", at_once)

@@ -16,7 +16,7 @@ CASES = {
 
 class TestLinear(LayerContract):
     @pytest.fixture(params=list(CASES))
-    def case(self, request):
+    def case(self, request: pytest.FixtureRequest):
         return CASES[request.param]
 
 
@@ -28,6 +28,6 @@ class TestLinear(LayerContract):
     units=st.integers(1, 3),
     members=st.integers(1, 3),
 )
-def test_any_shape(middle, features, bias, units, members):
+def test_any_shape(middle: list[int], features: tuple[int, int], bias: bool, units: int, members: int):
     case = Case(lambda: nn.Linear(*features, bias=bias), (*middle, features[0]))
     check_gradients(case.build(), case.inputs(units * members), units)

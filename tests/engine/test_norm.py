@@ -15,20 +15,20 @@ GROUP_NORMS = {
 LAYER_NORMS = {
     "vector": Case(lambda: nn.LayerNorm(4), (4,)),
     "tokens": Case(lambda: nn.LayerNorm(4, eps=0.1), (3, 4), again=lambda inputs: inputs[:, 1:].exp()),
-    "two axes": Case(lambda: nn.LayerNorm((3, 4)), (2, 3, 4)),
+    "two axes": Case(lambda: nn.LayerNorm([3, 4]), (2, 3, 4)),
     "no bias": Case(lambda: nn.LayerNorm(4, bias=False), (3, 4)),
 }
 
 
 class TestGroupNorm(LayerContract):
     @pytest.fixture(params=list(GROUP_NORMS))
-    def case(self, request):
+    def case(self, request: pytest.FixtureRequest):
         return GROUP_NORMS[request.param]
 
 
 class TestLayerNorm(LayerContract):
     @pytest.fixture(params=list(LAYER_NORMS))
-    def case(self, request):
+    def case(self, request: pytest.FixtureRequest):
         return LAYER_NORMS[request.param]
 
 
@@ -40,7 +40,7 @@ class TestLayerNorm(LayerContract):
     units=st.integers(1, 3),
     members=st.integers(1, 2),
 )
-def test_group_norm_of_any_shape(groups, of_each, positions, units, members):
+def test_group_norm_of_any_shape(groups: int, of_each: int, positions: list[int], units: int, members: int):
     channels = groups * of_each
     case = Case(lambda: nn.GroupNorm(groups, channels), (channels, *positions))
     check_gradients(case.build(), case.inputs(units * members), units)
@@ -53,6 +53,6 @@ def test_group_norm_of_any_shape(groups, of_each, positions, units, members):
     units=st.integers(1, 3),
     members=st.integers(1, 2),
 )
-def test_layer_norm_of_any_shape(middle, normalised, units, members):
+def test_layer_norm_of_any_shape(middle: list[int], normalised: list[int], units: int, members: int):
     case = Case(lambda: nn.LayerNorm(normalised), (*middle, *normalised))
     check_gradients(case.build(), case.inputs(units * members), units)

@@ -1,6 +1,9 @@
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.contract import Case, capture_factors, loss
 from whence.engine.capture import Capture, Sink
@@ -18,7 +21,9 @@ def data():
     return torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def run(model, data, num_units, make, patterns=("*",)):
+def run(
+    model: nn.Module, data: Tensor, num_units: int, make: Callable[[Layout], Any], patterns: Sequence[str] = ("*",)
+):
     capture = Capture(model, patterns)
     sink = make(Layout.of(capture.parameters))
     with capture.hooks():
@@ -26,7 +31,7 @@ def run(model, data, num_units, make, patterns=("*",)):
     return sink
 
 
-def test_a_layout_lays_parameters_end_to_end(model):
+def test_a_layout_lays_parameters_end_to_end(model: nn.Module):
     layout = Layout.of(dict(model.named_parameters()))
     assert layout.spans == {
         "0.weight": slice(0, 54),
@@ -40,8 +45,8 @@ def test_a_layout_lays_parameters_end_to_end(model):
     assert Layout.of({}) == Layout({}, 0)
 
 
-def test_gathered_rows_are_in_the_order_of_the_parameters(model, data):
-    sink = run(model, data, 4, lambda layout: GatherSink(layout, 4, data))
+def test_gathered_rows_are_in_the_order_of_the_parameters(model: nn.Module, data: Tensor):
+    sink = run(model, data, 4, lambda layout: GatherSink(layout, data.new_zeros(4, layout.num_params)))
     for event in range(4):
         want = torch.autograd.grad(loss(model(data[event : event + 1]))[0], list(model.parameters()))
         torch.testing.assert_close(sink.rows[event], torch.cat([w.flatten() for w in want]), rtol=1e-10, atol=1e-12)
@@ -49,28 +54,30 @@ def test_gathered_rows_are_in_the_order_of_the_parameters(model, data):
 
 @pytest.mark.parametrize("patterns", [("*",), ("*.bias",)])
 @pytest.mark.parametrize("num_units", [4, 2, 1])
-def test_products_and_norms_are_those_of_gathered_rows(model, data, num_units, patterns):
-    rows = run(model, data, num_units, lambda layout: GatherSink(layout, num_units, data), patterns).rows
+def test_products_and_norms_are_those_of_gathered_rows(
+    model: nn.Module, data: Tensor, num_units: int, patterns: Sequence[str]
+):
+    rows = run(model, data, num_units, lambda layout: GatherSink(layout, data.new_zeros(num_units, layout.num_params)), patterns).rows
     vectors = torch.randn(5, rows.shape[1], dtype=torch.float64)
     sink = run(model, data, num_units, lambda layout: DotSink(layout, vectors, num_units), patterns)
     torch.testing.assert_close(sink.dots, rows @ vectors.T, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(sink.norm_squared, rows.square().sum(1), rtol=1e-10, atol=1e-10)
 
 
-def test_without_vectors_there_are_norms_only(model, data, monkeypatch):
+def test_without_vectors_there_are_norms_only(model: nn.Module, data: Tensor, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("whence.engine._base.AbstractLayerFactors.dot", lambda *a: pytest.fail("a product was taken"))
     sink = run(model, data, 4, lambda layout: DotSink(layout, torch.zeros(0, 87, dtype=torch.float64), 4))
     assert sink.dots.shape == (4, 0)
     assert (sink.norm_squared > 0).all()
 
 
-def test_several_sinks_share_one_pass(model, data, monkeypatch):
+def test_several_sinks_share_one_pass(model: nn.Module, data: Tensor, monkeypatch: pytest.MonkeyPatch):
     count = []
     original = Capture._consume
     monkeypatch.setattr(Capture, "_consume", lambda self, layer: (count.append(layer), original(self, layer)))
     capture = Capture(model)
     layout = Layout.of(capture.parameters)
-    gather = GatherSink(layout, 4, data)
+    gather = GatherSink(layout, data.new_zeros(4, layout.num_params))
     dots = DotSink(layout, torch.ones(1, 87, dtype=torch.float64), 4)
     assert isinstance(gather, Sink) and isinstance(dots, Sink)
     with capture.hooks():

@@ -40,9 +40,8 @@ class AbstractLayerFactors(ABC):
 
     def norm_squared(self, names: list[str]) -> Float64[Tensor, " unit"]:
         """Squared length of each unit's gradient over the named parameters of this layer."""
-        # Not vector_norm: in float32 it adds one number after another, and is off by 1e-4 for a million of them.
         return sum(
-            (self.gradients[name].flatten(1).square().sum(1).double() for name in names),
+            (squared_lengths(self.gradients[name].flatten(1)) for name in names),
             start=torch.zeros(self.num_units, dtype=torch.float64, device=self.calls[0][1].device),
         )
 
@@ -61,3 +60,9 @@ class AbstractLayerFactors(ABC):
     def _per_unit(self, events: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit member *rest"]:
         """Split the event axis into units and their members."""
         return events.unflatten(0, (self.num_units, -1))
+
+
+def squared_lengths(rows: Float[Tensor, "unit param"]) -> Float64[Tensor, " unit"]:
+    """Squared length of each row, in float64 so that layers can be added up."""
+    # Not vector_norm: in float32 it adds one number after another, and is off by 1e-4 for a million of them.
+    return rows.square().sum(1).double()

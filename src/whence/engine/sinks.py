@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from whence.engine._base import AbstractLayerFactors
+from whence.engine._base import AbstractLayerFactors, squared_lengths
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,28 @@ class Layout:
 
 
 class GatherSink:
-    """Collects whole gradients, one row a unit."""
+    """Collects whole gradients, one row a unit, and the lengths of groups of consecutive units.
 
-    def __init__(self, layout: Layout, num_units: int, like: Tensor):
+    Args:
+        layout: Order of the parameters.
+        rows: Where the gradients go; what was there is lost.
+        units_per_group: Units whose gradients are also added up for a length of their own.
+    """
+
+    def __init__(self, layout: Layout, rows: Float[Tensor, "unit param"], units_per_group: int = 1):
         self.layout = layout
-        self.rows: Float[Tensor, "unit param"] = like.new_zeros(num_units, layout.num_params)
+        self.rows = rows.zero_()  # a parameter that the output does not use is never handed over
+        self.unit_norm_squared = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        self.group_norm_squared = torch.zeros(len(rows) // units_per_group, dtype=torch.float64, device=rows.device)
 
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Put one layer's part in its place."""
         for own, name in names.items():
-            self.rows[:, self.layout.spans[name]] = factors.gradients[own].flatten(1)
+            gradients = factors.gradients[own].flatten(1)
+            self.rows[:, self.layout.spans[name]] = gradients
+            groups = gradients.unflatten(0, (len(self.group_norm_squared), -1)).sum(1)
+            self.unit_norm_squared += squared_lengths(gradients)
+            self.group_norm_squared += squared_lengths(groups)
 
 
 class DotSink:
