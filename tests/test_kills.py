@@ -50,7 +50,7 @@ def stages(run: Path, say):
     from whence.training import train
 
     images = toy_images(10)
-    model = ModelSettings(widths=(4, 4), attention_levels=1, norm_groups=2, train_timesteps=50)
+    model = ModelSettings(widths=(4, 4), attention_levels=0, norm_groups=2, train_timesteps=50)
     say(b"train ")
     train(run, images, model, TOY_TRAINING, show_progress=False)
     say(b"trace ")

@@ -280,6 +280,7 @@ class TestRefusals:
         [
             ({"widths": (4, 4, 4, 4, 4)}, "must be multiples of 16; found 8 x 8 pixels"),
             ({"widths": (4, 6), "norm_groups": 4}, r"Each width in \(4, 6\) must be a multiple of norm_groups = 4"),
+            ({"widths": (8, 4), "attention_levels": 1}, r"with attention must be a multiple of 8.*; found \(4,\)"),
             ({"attention_levels": 3}, "attention_levels must be 0 to 2, the number of widths; found 3"),
         ],
     )

@@ -176,9 +176,7 @@ class PartWriter:
         self.folder = folder
         self.rank = rank
         self._parts_file = folder / f"parts-{rank}.json"
-        self.parts: list[dict[str, Any]] = (
-            _read_json(self._parts_file, list) if self._parts_file.exists() else []
-        )
+        self.parts: list[dict[str, Any]] = _read_json(self._parts_file, list) if self._parts_file.exists() else []
         self._sample_rows: dict[str, int] = {}
         for part in self.parts:
             if part["samples"]:

@@ -25,6 +25,8 @@ from whence.errors import CheckpointError, ConfigError, RecordError
 from whence.progress import progress_bar
 from whence.recorder import Recorder
 
+_HEAD_WIDTH = 8  # attention_head_dim of diffusers.UNet2DModel by default
+
 
 def make_model(settings: ModelSettings, data: ImageData, seed: int) -> Any:
     """Make a ``diffusers.UNet2DModel`` with weights that depend on the seed alone.
@@ -51,6 +53,12 @@ def make_model(settings: ModelSettings, data: ImageData, seed: int) -> Any:
     if not 0 <= settings.attention_levels <= levels:
         raise ConfigError(
             f"attention_levels must be 0 to {levels}, the number of widths; found {settings.attention_levels}."
+        )
+    attended = settings.widths[levels - settings.attention_levels :]
+    if any(width % _HEAD_WIDTH for width in attended):
+        raise ConfigError(
+            f"Each width with attention must be a multiple of {_HEAD_WIDTH}, the width of a head; found {attended}. "
+            "Change the widths, or set attention_levels to 0."
         )
     attention = [level >= levels - settings.attention_levels for level in range(levels)]
     with torch.random.fork_rng(devices=[]):

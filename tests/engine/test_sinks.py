@@ -52,12 +52,41 @@ def test_gathered_rows_are_in_the_order_of_the_parameters(model: nn.Module, data
         torch.testing.assert_close(sink.rows[event], torch.cat([w.flatten() for w in want]), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("units_per_group", [1, 2, 4])
+def test_gathered_lengths_are_those_of_the_rows_and_of_their_groups(
+    model: nn.Module, data: Tensor, units_per_group: int
+):
+    sink = run(model, data, 4, lambda layout: GatherSink(layout, data.new_zeros(4, layout.num_params), units_per_group))
+    groups = sink.rows.unflatten(0, (-1, units_per_group)).sum(1)
+    torch.testing.assert_close(sink.unit_norm_squared, sink.rows.square().sum(1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(sink.group_norm_squared, groups.square().sum(1), rtol=1e-10, atol=1e-10)
+
+
+def test_what_was_in_the_rows_is_lost(data: Tensor):
+    class HalfUsed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.idle, self.used = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.used(inputs[:, :, 0, 0])
+
+    sink = run(HalfUsed().double(), data, 4, lambda layout: GatherSink(layout, data.new_ones(4, layout.num_params)))
+    assert (sink.rows[:, sink.layout.spans["idle.weight"]] == 0).all()
+
+
 @pytest.mark.parametrize("patterns", [("*",), ("*.bias",)])
 @pytest.mark.parametrize("num_units", [4, 2, 1])
 def test_products_and_norms_are_those_of_gathered_rows(
     model: nn.Module, data: Tensor, num_units: int, patterns: Sequence[str]
 ):
-    rows = run(model, data, num_units, lambda layout: GatherSink(layout, data.new_zeros(num_units, layout.num_params)), patterns).rows
+    rows = run(
+        model,
+        data,
+        num_units,
+        lambda layout: GatherSink(layout, data.new_zeros(num_units, layout.num_params)),
+        patterns,
+    ).rows
     vectors = torch.randn(5, rows.shape[1], dtype=torch.float64)
     sink = run(model, data, num_units, lambda layout: DotSink(layout, vectors, num_units), patterns)
     torch.testing.assert_close(sink.dots, rows @ vectors.T, rtol=1e-10, atol=1e-10)
