@@ -1,5 +1,7 @@
 """Self-influence: how strongly a training sample pulls on itself. Large for outliers, mislabelled and memorised samples.
 
+::
+
     self_norm       sum over checkpoints of w |g|^2 at the event that was trained
     self_expected   sum over checkpoints of w < g at the event that was trained, mean gradient over a grid >
 

@@ -58,6 +58,8 @@ def check_units(method: Method) -> None:
         raise ConfigError(f"{method.name}: queries are taken on a grid, with unit none, timestep or sample.")
     replayed = isinstance(method.train.events, Replay)
     allowed = ("none", "event") if replayed else ("none", "timestep", "sample")
+    if method.weights == "published" and method.train.events == Replay("all"):
+        raise ConfigError(f"{method.name}: weights 'published' are those of a whole interval; use them with the last visit.")
     if method.train.unit not in allowed:
         kind = "a replay" if replayed else "a grid"
         raise ConfigError(f"{method.name}: on the training side, {kind} has unit {', '.join(allowed)}.")
@@ -237,7 +239,7 @@ class StreamingPass:
             factor = weight * (_inverse(norms) if method.train.unit == "event" else 1.0)
             products = np.zeros((len(block), dots.shape[1]))
             np.add.at(products, image, factor[:, None] * dots)
-            weights = np.bincount(image, weight, len(block))
+            weights = np.bincount(image, weight, len(block)).astype(np.float64)  # int64 where there is no event
             yield method, products, {"train_norms": rms, "train_timesteps": timesteps, "train_weights": weights}
 
     def _gridded(
