@@ -2,13 +2,14 @@
 
     python recipes/cifar_mnist.py --data FOLDER --out cifar-mnist
 
-FOLDER holds ``cifar_mnist.parquet`` (5,000 CIFAR-10 airplanes, then 200 MNIST zeros, 32 px) and ``cifar_mnist_queries.parquet``
-(16 other airplanes, 16 other zeros), with columns id, image, label (airplane, mnist-0). The recipe only writes down a command line: it runs
-``whence train``, ``whence trace``, ``whence report`` and ``whence check``, and prints each before it does.
+FOLDER holds ``cifar_mnist.parquet`` (5,000 CIFAR-10 airplanes, then 200 MNIST zeros, 32 px) and
+``cifar_mnist_queries.parquet`` (16 other airplanes, 16 other zeros), with columns id, image, label (airplane, mnist-0).
+The recipe only writes down a command line: it runs ``whence train``, ``whence trace``, ``whence report`` and ``whence
+check``, and prints each before it does.
 
-Scaled to two CPU cores in about 20 minutes: 16 px instead of 32, a UNet of 1.1 instead of 133 million parameters, 30 epochs
-instead of 500. Kept from the paper: L1 loss, a learning rate of 1e-4, batches of 32, no augmentation, ten checkpoints.
-What came out stands in docs/results/cifar_mnist.md.
+Scaled to two CPU cores in about 20 minutes: 16 px instead of 32, a UNet of 1.1 instead of 133 million parameters, 30
+epochs instead of 500. Kept from the paper: L1 loss, a learning rate of 1e-4, batches of 32, no augmentation, ten
+checkpoints. What came out stands in docs/results/cifar_mnist.md.
 """
 
 import argparse
@@ -23,7 +24,7 @@ TRACE = "--methods tracin retrac pixels random --timesteps 16 --draws 4"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the two parquet files")
     parser.add_argument("--out", type=Path, default=Path("cifar-mnist"), help="folder of the run")
     parser.add_argument("--seed", type=int, default=0, help="seed of training")

@@ -2,11 +2,12 @@
 
     python recipes/demo_claims.py --out demo-claims
 
-Runs ``whence demo`` for the seeds 0, 1, 2 with L1 and with MSE loss (six runs of some minutes each; what is there is used again) and
-compares ReTrac with TracIn: precision@10 of the planted images for the planted queries, false ones for the others, and the share of
-unique images in the top 10 of all 16 queries. Each run gives one difference; over the three seeds of a loss the table shows their mean
-and a 95% interval (Student's t with two degrees of freedom, so it is wide). The settings were fixed on seed 100 before any of these
-runs: they are the paper's where the paper states them. What came out stands in docs/results/demo.md.
+Runs ``whence demo`` for the seeds 0, 1, 2 with L1 and with MSE loss (six runs of some minutes each; what is there is
+used again) and compares ReTrac with TracIn: precision@10 of the planted images for the planted queries, false ones for
+the others, and the share of unique images in the top 10 of all 16 queries. Each run gives one difference; over the
+three seeds of a loss the table shows their mean and a 95% interval (Student's t with two degrees of freedom, so it is
+wide). The settings were fixed on seed 100 before any of these runs: they are the paper's where the paper states them.
+What came out stands in docs/results/demo.md.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def interval(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-claims"), help="folder of the six runs")
     out = parser.parse_args().out
     results = []

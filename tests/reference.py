@@ -49,7 +49,9 @@ def visits_between(record, sample_id, after, upto):
     """Rows of the record of one sample, steps after+1..upto, in order."""
     sample = record.sample_ids.index(sample_id)
     return [
-        v for v in range(len(record.visits)) if record.visits.sample[v] == sample and after < record.visits.step[v] <= upto
+        v
+        for v in range(len(record.visits))
+        if record.visits.sample[v] == sample and after < record.visits.step[v] <= upto
     ]
 
 
@@ -66,9 +68,7 @@ def replay_scores(models, steps, scheduler, record, train, queries, *, normalise
             queried.append(per_timestep.mean(0))
         for row, sample_id in enumerate(train.ids):
             mine = visits_between(record, sample_id, after, upto)
-            weights = [
-                visits.learning_rate[v] * visits.clip_coefficient[v] / visits.samples_in_step[v] for v in mine
-            ]
+            weights = [visits.learning_rate[v] * visits.clip_coefficient[v] / visits.samples_in_step[v] for v in mine]
             if replay == "last":
                 mine, weights = mine[-1:], [sum(weights)]
             for v, weight in zip(mine, weights, strict=True):

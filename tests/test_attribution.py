@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from reference import query_gradients, replay_scores
 from scipy.stats import spearmanr
 
+from reference import query_gradients, replay_scores
 from whence.attribution import Subject, declare, trace
 from whence.checkpoints import list_checkpoints, load_model, load_scheduler
 from whence.config import TraceSettings
@@ -16,7 +16,9 @@ from whence.errors import CheckpointError, ConfigError
 from whence.methods import GRAD_COS, GRAD_DOT, PIXELS, RANDOM, RETRAC, TRACIN
 from whence.record import Record
 
-SETTINGS = TraceSettings(timesteps=5, draws=4, phases=2, train_timesteps=3, train_draws=2, batch_size=8, block_size=4, dtype="float64")
+SETTINGS = TraceSettings(
+    timesteps=5, draws=4, phases=2, train_timesteps=3, train_draws=2, batch_size=8, block_size=4, dtype="float64"
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,9 @@ def test_replayed_scores_are_those_of_the_papers_formula(subject, toy_queries, t
 
 
 def test_float32_scores_are_within_the_promised_rounding(subject, toy_queries, scores, tmp_path):
-    single = trace(subject, toy_queries, [RETRAC], replace(SETTINGS, dtype="float32"), tmp_path, show_progress=False)["retrac"]
+    single = trace(subject, toy_queries, [RETRAC], replace(SETTINGS, dtype="float32"), tmp_path, show_progress=False)[
+        "retrac"
+    ]
     # Every product is of two vectors of length at most 1, so the bound is 1e-5 of the sum of the weights.
     bound = 1e-5 * scores["retrac"].train_weights.sum(0)
     assert (np.abs(single.values - scores["retrac"].values) <= bound).all()
@@ -151,7 +155,15 @@ def test_one_step_on_a_sample_lowers_the_query_loss_by_its_tracin_score(subject,
     checkpoint = subject.checkpoints[-1]
     source = subject.source(checkpoint, SETTINGS)
     (query,) = source.grid_vectors(
-        toy_queries, [0], "query", TRACIN.query.events.__class__(5, 4), ["none"], phases=1, halves=False, seed=0, update=lambda n: None
+        toy_queries,
+        [0],
+        "query",
+        TRACIN.query.events.__class__(5, 4),
+        ["none"],
+        phases=1,
+        halves=False,
+        seed=0,
+        update=lambda n: None,
     )
     table = subject.replays.events(0, checkpoint.step, TRACIN.train.events, "learning_rate").take(slice(2, 3))
     dots, _ = source.dots(table, subject.train, query.vectors, lambda n: None)
@@ -194,7 +206,9 @@ def test_without_a_record_the_training_side_is_a_grid_and_says_so(subject, toy_q
 def test_scores_on_disk_are_not_computed_again(subject, toy_queries, tmp_path, monkeypatch):
     first = trace(subject, toy_queries, [RETRAC], SETTINGS, tmp_path, show_progress=False)["retrac"]
     monkeypatch.setattr(Subject, "source", lambda *a: pytest.fail("a model was loaded"))
-    again = trace(subject, toy_queries, [RETRAC], replace(SETTINGS, batch_size=16), tmp_path, show_progress=False)["retrac"]
+    again = trace(subject, toy_queries, [RETRAC], replace(SETTINGS, batch_size=16), tmp_path, show_progress=False)[
+        "retrac"
+    ]
     np.testing.assert_array_equal(first.values, again.values)
 
 

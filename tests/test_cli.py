@@ -9,9 +9,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import TOY_MODEL, TOY_TRAINING, toy_images
 from PIL import Image
 
+from conftest import TOY_MODEL, TOY_TRAINING, toy_images
 from whence.cli import main
 from whence.data import save_arrays
 from whence.training import train
@@ -62,7 +62,9 @@ def answer(capsys, *arguments):
 def test_the_whole_flow_from_images_to_a_page(run, tmp_path, capsys):
     queries = save_pngs(tmp_path / "queries", count=2, seed=1)
     assert {row["verdict"] for row in answer(capsys, "check", run)["rows"]} == {"passed"}
-    traced = answer(capsys, "trace", run, "--queries", queries, *TRACE, "--methods", "tracin", "retrac", "pixels", "random")
+    traced = answer(
+        capsys, "trace", run, "--queries", queries, *TRACE, "--methods", "tracin", "retrac", "pixels", "random"
+    )
     assert len(traced["rows"]) == 4 * 2 * 5
     assert {row["train id"] for row in traced["rows"]} <= {f"{'odd' if k % 2 else 'even'}/{k}.png" for k in range(6)}
     page = answer(capsys, "report", run, "--planted", "odd")
@@ -98,9 +100,10 @@ def test_show_hands_out_the_events_themselves(run, tmp_path, capsys):
 
 def test_a_folder_of_diffusers_checkpoints_that_whence_did_not_write(run, images, tmp_path, capsys):
     foreign = tmp_path / "output"
-    for checkpoint in (run / "checkpoints").glob("checkpoint-*"):
+    checkpoints = sorted((run / "checkpoints").glob("checkpoint-*"))
+    for checkpoint in checkpoints:
         shutil.copytree(checkpoint / "unet", foreign / checkpoint.name / "unet")
-    shutil.copytree(checkpoint / "scheduler", foreign / "scheduler")
+    shutil.copytree(checkpoints[0] / "scheduler", foreign / "scheduler")
     before = sorted(p.relative_to(foreign) for p in foreign.rglob("*"))
     assert "--data" in fails(capsys, "trace", foreign, "--queries", images, *TRACE)
     assert "--out" in fails(capsys, "trace", foreign, "--queries", images, "--data", images, *TRACE)
@@ -129,12 +132,16 @@ def test_a_failed_check_ends_with_status_1(run, images, capsys):
     part = next((run / "record").glob("visits-*.parquet"))
     table = pq.read_table(part)
     flips = table["flip"].to_pylist()
-    table = table.set_column(table.schema.get_field_index("flip"), table.schema.field("flip"), [[not flips[0], *flips[1:]]])
+    table = table.set_column(
+        table.schema.get_field_index("flip"), table.schema.field("flip"), [[not flips[0], *flips[1:]]]
+    )
     old = sha256_of_file(part)
     pq.write_table(table, part)
     assert "damaged or was altered" in fails(capsys, "check", run)
     parts = run / "record" / "parts-0.json"
-    parts.write_text(parts.read_text().replace(old, sha256_of_file(part)))  # whoever alters it may also mend the checksum
+    parts.write_text(
+        parts.read_text().replace(old, sha256_of_file(part))
+    )  # whoever alters it may also mend the checksum
     with pytest.raises(SystemExit) as exit_:
         main(["check", str(run)])
     assert exit_.value.code == 1

@@ -502,7 +502,7 @@ class TestFromDataset:
 
     def test_tuples_with_names_of_classes(self) -> None:
         items = Sized([(torch.from_numpy(np.moveaxis(noise(k), -1, 0).copy()), torch.tensor(k)) for k in range(2)])
-        items.classes = ["cat", "dog"]  # pyright: ignore[reportAttributeAccessIssue]  # as torchvision has it
+        items.classes = ["cat", "dog"]
         opened = ImageData.from_dataset(items)
         assert (opened.ids, opened.labels) == (("row-0000000", "row-0000001"), ("cat", "dog"))
         np.testing.assert_array_equal(opened.pixels([1])[0], unit(noise(1)))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from conftest import toy_images
 
+from conftest import toy_images
 from whence.errors import DataError
 from whence.evaluation import largest_share, precision, retrieval_table, unique_share
 from whence.scores import Scores

@@ -5,7 +5,9 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from whence import _files
 from whence._files import publish_file, publish_folder, sha256_of_file, sha256_of_json, write_json
@@ -125,3 +127,16 @@ def test_json_holds_no_nan(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "file.json", {"a": float("nan")})
     assert contents(tmp_path) == {}
+
+
+def test_files_are_readable_to_others_as_the_mask_allows(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with publish_folder(tmp_path / "folder") as partial:
+            save_file({"x": np.zeros(2)}, partial / "x.safetensors")
+        with publish_file(tmp_path / "y.safetensors") as partial:
+            save_file({"x": np.zeros(2)}, partial)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "folder" / "x.safetensors", tmp_path / "y.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o644

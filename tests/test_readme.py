@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY_MODEL, toy_images
 
+from conftest import TOY_MODEL, toy_images
 from whence.config import DataSettings, ModelSettings, TrainingSettings
 from whence.diffusion.objectives import sample_loss
 from whence.pipeline import train_run

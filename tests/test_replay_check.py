@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TOY_MODEL, TOY_TRAINING, toy_images
 from safetensors.torch import load_file, save_file
 
+from conftest import TOY_MODEL, TOY_TRAINING, toy_images
 from whence.checkpoints import list_checkpoints
 from whence.data import ImageData
 from whence.errors import CheckpointError, RecordError

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from reference import gradient, query_gradients, visits_between
 
+from reference import gradient, query_gradients, visits_between
 from whence.checkpoints import list_checkpoints, load_model, load_scheduler
 from whence.config import TraceSettings
 from whence.diffusion.noise import normals

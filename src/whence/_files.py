@@ -41,6 +41,7 @@ def publish_file(path: Path) -> Iterator[Path]:
     try:
         with _disk_errors(path):
             yield partial
+        _share(partial)
         sync(partial)
         partial.replace(path)
         sync(path.parent)
@@ -65,6 +66,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
         with _disk_errors(path):
             yield partial
         for file in sorted(partial.rglob("*")):
+            _share(file)
             sync(file)
         sync(partial)
         _swap(partial, path, replaced)
@@ -72,6 +74,14 @@ def publish_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _share(path: Path) -> None:
+    """Let others read a file as the user's mask allows; safetensors writes its files for their owner alone."""
+    if path.is_file():
+        mask = os.umask(0)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
 
 
 @contextmanager

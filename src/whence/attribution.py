@@ -26,8 +26,8 @@ def declare(
 ) -> tuple[Method | Baseline, list[str]]:
     """Fill in a method's declaration from the settings, and say what had to be replaced.
 
-    Without a record, visits cannot be replayed and learning rates are not known: the training side is then taken on a grid,
-    with equal weights.
+    Without a record, visits cannot be replayed and learning rates are not known: the training side is then taken on a
+    grid, with equal weights.
 
     Returns:
         The declaration as it will be computed, and notes for the reader.
@@ -43,9 +43,9 @@ def declare(
         return replace(method, train=replace(method.train, events=Replay(settings.replay)), query=query), notes
     unit = "timestep" if method.train.unit == "event" else method.train.unit
     notes.append(
-        f"There is no record of training, so {method.name} takes each training image on a grid of {train_grid.timesteps} "
-        f"timesteps x {train_grid.draws} draws instead of at the timestep and noise it was trained on, and weights all "
-        "checkpoints equally."
+        f"There is no record of training, so {method.name} takes each training image on a grid of "
+        f"{train_grid.timesteps} timesteps x {train_grid.draws} draws instead of at the timestep and noise it was "
+        "trained on, and weights all checkpoints equally."
     )
     train = replace(method.train, events=train_grid, unit=unit)
     return replace(method, train=train, query=query, weights="equal"), notes
@@ -186,8 +186,8 @@ def _notes(scores: Scores, subject: Subject, settings: TraceSettings) -> list[st
         if unvisited.any():
             never = int(unvisited.all(axis=0).sum())
             notes.append(
-                f"{int(unvisited.sum())} of {unvisited.size} pairs of checkpoint and training image have no visit between two "
-                f"checkpoints and count 0; {never} images were never visited."
+                f"{int(unvisited.sum())} of {unvisited.size} pairs of checkpoint and training image have no visit "
+                f"between two checkpoints and count 0; {never} images were never visited."
             )
         zero = np.flatnonzero((scores.train_norms == 0).any(axis=0))
         if len(zero):
@@ -228,6 +228,6 @@ def _check_query_size(train: ImageData, queries: ImageData) -> None:
     want, found = [(i.channels, i.height, i.width) for i in (train, queries)]
     if want != found:
         raise ConfigError(
-            f"Queries must have the size of the training images, {want[0]} x {want[1]} x {want[2]} (channels, height, width); "
-            f"found {found[0]} x {found[1]} x {found[2]}. Give --resolution, or --grey for one channel."
+            f"Queries must have the size of the training images, {want[0]} x {want[1]} x {want[2]} (channels, height, "
+            f"width); found {found[0]} x {found[1]} x {found[2]}. Give --resolution, or --grey for one channel."
         )

@@ -1,5 +1,6 @@
-"""The command line: it reads settings, calls the pipeline and prints. Errors that whence raises on purpose end with status 1.
+"""The command line: it reads settings, calls the pipeline and prints.
 
+Errors that whence raises on purpose end with status 1, a wrong command line with 2.
 Heavy imports stand inside the commands, so that ``--help`` answers at once.
 """
 
@@ -94,7 +95,8 @@ def trace(
 ) -> None:
     """Rank the training images of a model for each query image.
 
-    Positive scores: training on the image lowered the query's loss. The scores stay in the run; `whence report` makes a page.
+    Positive scores: training on the image lowered the query's loss. The scores stay in the run; `whence report` makes a
+    page.
 
     Args:
         model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
@@ -130,8 +132,8 @@ def self_(
 
     Args:
         run: A run of whence.
-        kind: self_norm: sum of weight x squared gradient length. self_expected: inner product with the sample's mean gradient
-            over a grid of timesteps and draws, which costs that many passes more.
+        kind: self_norm: sum of weight x squared gradient length. self_expected: inner product with the sample's mean
+            gradient over a grid of timesteps and draws, which costs that many passes more.
         method: For self_expected: retrac brings both sides to length 1.
         top: Training images to print.
         settings: The grid of self_expected, arithmetic, batch size.
@@ -247,8 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         sys.exit(
-            f"whence: {error.strerror or error}{place}. What was finished is kept; once this is solved, the same command goes "
-            "on from there."
+            f"whence: {error.strerror or error}{place}. What was finished is kept; once this is solved, the same "
+            "command goes on from there."
         )
 
 

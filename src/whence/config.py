@@ -116,7 +116,8 @@ class TraceSettings:
     block_size: int = 256
     """Training images in one unit of work: what a killed run loses at most."""
     query_memory_gib: float = 4.0
-    """Memory for query gradients, in GiB. Queries beyond it are traced in turns, each with a pass over the training set."""
+    """Memory for query gradients, in GiB. Queries beyond it are traced in turns, each with a pass over the training "
+    "set."""
     dtype: Literal["float32", "float64"] = "float32"
     """Arithmetic of the forward pass, gradients and dot products."""
     device: str = "cpu"

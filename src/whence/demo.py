@@ -1,8 +1,8 @@
 """The demo: the outlier experiment of the paper in small, on images that come with whence.
 
-A model is trained on 960 emoji and 40 photographs of trousers. Asked about trousers that it has never seen, a good method names
-the 40; asked about other emoji, it does not. The settings are those of the paper where they carry over to a small model: L1
-loss, a constant learning rate of 1e-4, batches of 32, no augmentation, ten checkpoints.
+A model is trained on 960 emoji and 40 photographs of trousers. Asked about trousers that it has never seen, a good
+method names the 40; asked about other emoji, it does not. The settings are those of the paper where they carry over to
+a small model: L1 loss, a constant learning rate of 1e-4, batches of 32, no augmentation, ten checkpoints.
 """
 
 import json
@@ -63,8 +63,8 @@ def run_demo(
     page = run.report(
         planted=PLANTED,
         notes=[
-            f"The model saw images of {DATA.resolution} x {DATA.resolution} pixels. Each query was taken at {TRACE.timesteps} "
-            f"timesteps x {TRACE.draws} draws; the default of whence trace is 100 x 16."
+            f"The model saw images of {DATA.resolution} x {DATA.resolution} pixels. Each query was taken at "
+            f"{TRACE.timesteps} timesteps x {TRACE.draws} draws; the default of whence trace is 100 x 16."
         ],
     )
     return run, page, json.loads((folder / "evaluation" / "retrieval.json").read_text())

@@ -19,6 +19,9 @@ from whence.scores import Scores
 def precision(top_rows: Int[ndarray, "query k"], is_member: Bool[ndarray, " train"]) -> Float64[ndarray, " query"]:
     """Share of each query's top k that belongs to a group: precision@k for its own queries, false rate for others.
 
+    Returns:
+        From 0 to 1, one per query.
+
     Example:
         >>> precision(np.array([[0, 1], [2, 3]]), np.array([True, False, True, True]))
         array([0.5, 1. ])
@@ -27,10 +30,13 @@ def precision(top_rows: Int[ndarray, "query k"], is_member: Bool[ndarray, " trai
 
 
 def unique_share(top_rows: Int[ndarray, "query k"]) -> float:
-    """Share of different samples among the top k of all queries, from 1 / queries to 1.
+    """Share of different samples among the top k of all queries.
 
     The paper of Diffusion-ReTrac calls samples that fill many top lists generally influential; the fewer there are, the
     higher this share.
+
+    Returns:
+        From 1 / queries to 1.
 
     Example:
         >>> unique_share(np.array([[0, 1], [0, 2]]))
@@ -41,6 +47,9 @@ def unique_share(top_rows: Int[ndarray, "query k"]) -> float:
 
 def largest_share(top_rows: Int[ndarray, "query k"]) -> float:
     """Largest share of queries whose top k one and the same sample is in.
+
+    Returns:
+        From 1 / queries to 1.
 
     Example:
         >>> largest_share(np.array([[0, 1], [0, 2]]))
@@ -93,10 +102,12 @@ def retrieval_table(
         "rows": rows,
         "caption": f"Retrieval of the {int(is_member.sum())} images labelled {planted} among {len(train)}.",
         "notes": [
-            f"precision@{k}: share of {planted} images in the top {k} of the {int(own.sum())} {planted} queries; "
-            f"false@{k}: in that of the {int(others.sum())} other labelled queries. By chance both are {is_member.mean():.3f}.",
-            f"unique@{k}: share of different images among the top {k} of all {len(labels)} queries; widest@{k}: share of queries "
-            "that have one and the same image there. Random scores have the most unique images, so this means nothing alone.",
+            f"precision@{k}: share of {planted} images in the top {k} of the {int(own.sum())} {planted} queries. "
+            f"false@{k}: the same for the {int(others.sum())} queries with other labels. By chance both are "
+            f"{is_member.mean():.3f}.",
+            f"unique@{k}: share of different images among the top {k} of all {len(labels)} queries. widest@{k}: share "
+            "of queries that have one and the same image there. Random scores have the most unique images, so this "
+            "means nothing alone.",
             "reliability: median over queries of the split-half reliability over noise draws.",
         ],
     }

@@ -2,11 +2,12 @@
 
     run/ config.yaml  record/  checkpoints/  generated/  scores/  report/  cache/
 
-``config.yaml`` says where the images are and how they are read, and, for a model that whence did not train, where that is.
+``config.yaml`` says where the images are and how they are read, and, for a model that whence did not train, where that
+is.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -141,6 +142,12 @@ class Run:
     def check(self, *, device: str = "cpu") -> list[CheckRow]:
         """Compare the record with itself and with the checkpoints; see :mod:`whence.replay_check`.
 
+        Args:
+            device: Torch device.
+
+        Returns:
+            One verdict on the keys, and one for each checkpoint.
+
         Raises:
             RecordError: If there is no record, or it is damaged or of other images.
         """
@@ -186,6 +193,9 @@ class Run:
         Args:
             queries: The queries, where they were given to :meth:`trace` as opened images.
 
+        Returns:
+            Scores in the order they were asked for, the queries, and the settings.
+
         Raises:
             ScoresError: If nothing was traced, or the queries are not where they were.
         """
@@ -210,8 +220,8 @@ class Run:
 
         Args:
             queries: The queries, where they were given to :meth:`trace` as opened images.
-            planted: Label of a group of training images whose retrieval is measured; the table goes on top of the page and
-                into ``evaluation/retrieval.json``.
+            planted: Label of a group of training images whose retrieval is measured; the table goes on top of the page
+                and into ``evaluation/retrieval.json``.
             notes: Lines to put below that table.
             k: Images in each ranking.
 
@@ -219,15 +229,17 @@ class Run:
             The page.
         """
         scores, opened, settings = self.load_scores(queries)
-        table = None
+        table, shown = None, scores
         if planted is not None:
+            # What needs no model is in the table for comparison; its rankings would only lengthen the page.
+            shown = [s for s in scores if s.query_timesteps is not None] or scores
             table = retrieval_table(scores, self.train_images, opened, planted, k)
             table["notes"] += notes
             write_json(self.folder / "evaluation" / "retrieval.json", table)
         return write_report(
             self.folder / "report" / "index.html",
             title="Which training images made these?",
-            scores=scores,
+            scores=shown,
             train=self.train_images,
             queries=opened,
             summary=table,
@@ -328,7 +340,9 @@ def train_run(
 def events(
     plan: GradientPlan, ids: Sequence[str], run: Run, *, checkpoint: int = -1, seed: int = 0
 ) -> tuple[EventTable, EventBatch]:
-    """Hand out noise, timestep, x_t, target and weight of training samples' events, so that a score can be checked by hand.
+    """Hand out noise, timestep, x_t, target and weight of training samples' events.
+
+    With these, a model and autograd, anyone can compute a score by hand.
 
     Args:
         plan: Which events, as in a method's declaration: ``RETRAC.train``, or one of your own.

@@ -15,6 +15,9 @@ def progress_bar(stage: str, total: int, unit: str, *, initial: int = 0, shown: 
         unit: Name of one unit, for the rate.
         initial: Units that were there already.
         shown: False for no bar at all.
+
+    Returns:
+        The bar.
     """
     # Into a file, one line in a while is enough; on a terminal the bar moves.
     interval_s = 0.2 if sys.stderr.isatty() else 20.0

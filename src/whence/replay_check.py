@@ -1,8 +1,8 @@
 """The replay check: does the record explain the losses that training saw?
 
-Every visit's noise key, timestep and flip must be what its seed, step and id give; and the losses of the first optimizer step
-after each checkpoint, computed anew at that checkpoint, must equal the recorded ones to the precision of their type. One altered
-key, flip, weight or image, an exchanged caption or a stale latent makes it fail.
+Every visit's noise key, timestep and flip must be what its seed, step and id give; and the losses of the first
+optimizer step after each checkpoint, computed anew at that checkpoint, must equal the recorded ones to the precision of
+their type. One altered key, flip, weight or image, an exchanged caption or a stale latent makes it fail.
 """
 
 from collections import Counter

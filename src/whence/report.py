@@ -290,7 +290,7 @@ def _make_card(
         picture=pictures.name(queries, query_row),
         query_id=queries.ids[query_row],
         label=_text_of(queries.labels, query_row),
-        caption=_text_of(queries.captions, query_row),
+        caption=_caption_of(queries, query_row),
         columns=[_make_column(method, query_row, train, pictures) for method in methods],
     )
 
@@ -339,7 +339,7 @@ def _make_hit(
         picture=pictures.name(train, row),
         sample_id=train.ids[row],
         label=_text_of(train.labels, row),
-        caption=_text_of(train.captions, row),
+        caption=_caption_of(train, row),
         score=_number(value / 10.0**exponent, strongest / 10.0**exponent),
         exact_score=_short(value, 6),
         bar=round(100 * abs(value) / strongest, 1) if strongest else 0.0,
@@ -638,6 +638,12 @@ def _describe_data(name: str, data: ImageData) -> dict[str, str]:
 
 
 # --- Text ---
+
+
+def _caption_of(images: ImageData, row: int) -> str:
+    """Give an image's caption, unless it only repeats the label."""
+    caption = _text_of(images.captions, row)
+    return "" if caption == _text_of(images.labels, row) else caption
 
 
 def _text_of(column: Sequence[str] | None, row: int) -> str:

@@ -30,7 +30,7 @@ def sample_images(
     """
     import diffusers
 
-    ddim = diffusers.DDIMScheduler.from_config(scheduler.config, clip_sample=True)
+    ddim: Any = diffusers.DDIMScheduler.from_config(scheduler.config, clip_sample=True)
     ddim.set_timesteps(steps)
     size = model.config.sample_size
     shape = (model.config.in_channels, *(size if isinstance(size, list | tuple) else (size, size)))

@@ -4,8 +4,8 @@
     scores/<method>-<hash>/scores.safetensors   the arrays below
 
 Positive means: training on this sample lowers the query's measure (a proponent). This module needs no torch and no
-model, so that pages and notebooks open scores anywhere. Axes are named query, train, phase (bin of query timesteps, from
-least noise to most), half (of the noise draws), checkpoint and timestep.
+model, so that pages and notebooks open scores anywhere. Axes are named query, train, phase (bin of query timesteps,
+from least noise to most), half (of the noise draws), checkpoint and timestep.
 """
 
 import json
@@ -137,6 +137,12 @@ class Scores:
     def load(cls, folder: Path) -> "Scores":
         """Read scores and check them against their manifest.
 
+        Args:
+            folder: A folder that :meth:`save` has written.
+
+        Returns:
+            The scores.
+
         Raises:
             ScoresError: If a file is missing or damaged, or the format is newer than this version reads.
         """
@@ -161,7 +167,9 @@ class Scores:
                 )
             arrays = load_file(folder / _FILE)
         except (OSError, SafetensorError) as error:
-            raise ScoresError(f"{folder / _FILE} cannot be read: {error}. Delete the folder and trace again.") from error
+            raise ScoresError(
+                f"{folder / _FILE} cannot be read: {error}. Delete the folder and trace again."
+            ) from error
         return cls(
             method=manifest["method"],
             query_ids=tuple(manifest["query_ids"]),
@@ -175,4 +183,13 @@ class Scores:
 
 
 _FILE = "scores.safetensors"
-_ARRAYS = ("values", "phases", "halves", "train_norms", "train_timesteps", "train_weights", "query_norms", "query_timesteps")
+_ARRAYS = (
+    "values",
+    "phases",
+    "halves",
+    "train_norms",
+    "train_timesteps",
+    "train_weights",
+    "query_norms",
+    "query_timesteps",
+)

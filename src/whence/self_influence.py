@@ -1,4 +1,6 @@
-"""Self-influence: how strongly a training sample pulls on itself. Large for outliers, mislabelled and memorised samples.
+"""Self-influence: how strongly a training sample pulls on itself.
+
+It is large for outliers, mislabelled and memorised samples.
 
 ::
 
@@ -9,9 +11,10 @@ The first costs one pass over the training set at each checkpoint. The second se
 gradient, as the TracIn paper for diffusion intends; it costs timesteps x draws passes more, and may be negative.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float64
@@ -135,7 +138,12 @@ def _compute(
 
 
 def _expected(
-    source: GradientSource, subject: Subject, table: EventTable, settings: TraceSettings, normalised: bool, update
+    source: GradientSource,
+    subject: Subject,
+    table: EventTable,
+    settings: TraceSettings,
+    normalised: bool,
+    update: Callable[[int], Any],
 ) -> tuple[Float64[ndarray, " event"], Float64[ndarray, " event"]]:
     """Multiply each event's gradient with the expected gradient of the same sample."""
     products, lengths = np.zeros(len(table)), np.zeros(len(table))

@@ -1,7 +1,7 @@
 """The exact, streaming way to scores, without a stored gradient.
 
-At each checkpoint the queries' gradients come first, then one pass over the training events, whose gradients meet the queries'
-layer by layer and are dropped. What is finished lies in a cache until the scores are written:
+At each checkpoint the queries' gradients come first, then one pass over the training events, whose gradients meet the
+queries' layer by layer and are dropped. What is finished lies in a cache until the scores are written:
 
     <step>/query-<row>.safetensors            gradient sums of one query, if they took long; removed in the end
     <step>/tile-<turn>-<row>.safetensors      contributions of a block of training images to the queries of one turn
@@ -38,7 +38,6 @@ from whence.progress import progress_bar
 from whence.scores import Scores
 from whence.subject import Subject
 
-
 WORTH_KEEPING_S = 5.0
 """Gradient sums of a query that took less long are computed again after an interruption, rather than written."""
 
@@ -59,7 +58,9 @@ def check_units(method: Method) -> None:
     replayed = isinstance(method.train.events, Replay)
     allowed = ("none", "event") if replayed else ("none", "timestep", "sample")
     if method.weights == "published" and method.train.events == Replay("all"):
-        raise ConfigError(f"{method.name}: weights 'published' are those of a whole interval; use them with the last visit.")
+        raise ConfigError(
+            f"{method.name}: weights 'published' are those of a whole interval; use them with the last visit."
+        )
     if method.train.unit not in allowed:
         kind = "a replay" if replayed else "a grid"
         raise ConfigError(f"{method.name}: on the training side, {kind} has unit {', '.join(allowed)}.")

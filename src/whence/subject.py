@@ -56,7 +56,8 @@ def _check_image_size(config: Any, images: ImageData, checkpoint: Checkpoint) ->
     size = config.sample_size
     if config.in_channels != images.channels:
         raise CheckpointError(
-            f"The model in {checkpoint.folder} takes {config.in_channels} channels; the training images have {images.channels}."
+            f"The model in {checkpoint.folder} takes {config.in_channels} channels; the training images have "
+            f"{images.channels}."
         )
     want = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if size is not None and want != (images.height, images.width):

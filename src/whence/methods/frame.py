@@ -2,22 +2,23 @@
 
     score(i, q) = sum_c < psi_q^c , sum_{e in E(i,c)} w_e u(g_{i,e}^c) >
 
-``g`` are gradients of an output function at checkpoint c, ``E`` the events of training sample i, ``u`` a normalisation and
-``psi`` the query's sum likewise. A method is data: it touches no model and draws no noise.
+``g`` are gradients of an output function at checkpoint c, ``E`` the events of training sample i, ``u`` a normalisation
+and ``psi`` the query's sum likewise. A method is data: it touches no model and draws no noise.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 Unit = Literal["none", "event", "timestep", "sample"]
-"""What is brought to length 1: nothing; each event's gradient; the mean over draws at each timestep; the sample's sum."""
+"""What is brought to length 1: nothing, each event, the mean over draws at each timestep, or the sample's sum."""
 
 WeightsRule = Literal["learning_rate", "equal", "published"]
 """How events are weighted.
 
-learning_rate: learning rate x clip coefficient / samples in the optimizer step, from the record. Of a replay, summed over the
-visits that an event stands for; of a grid, the mean over all samples. equal: 1. published: learning rate x batch size x epochs
-since the previous checkpoint / size of the training set in whole batches, as in the code of the TracIn paper for diffusion.
+learning_rate: learning rate x clip coefficient / samples in the optimizer step, from the record. Of a replay, summed
+over the visits that an event stands for; of a grid, the mean over all samples. equal: 1. published: learning rate x
+batch size x epochs since the previous checkpoint / size of the training set in whole batches, as in the code of the
+TracIn paper for diffusion.
 """
 
 

@@ -1,4 +1,4 @@
-"""Diffusion-TracIn and Diffusion-ReTrac (Xie, Li, Bai, Hsieh; TMLR 2024; arXiv:2401.09031), and plain gradient similarity."""
+"""Diffusion-TracIn, Diffusion-ReTrac (Xie, Li, Bai, Hsieh; TMLR 2024; arXiv:2401.09031), and gradient similarity."""
 
 from whence.methods.frame import GradientPlan, Grid, Method, Replay
 
@@ -21,8 +21,8 @@ RETRAC = Method(
 )
 """TracIn with both sides brought to length 1: the sample's gradient, and the query's at each timestep.
 
-The query's normalised gradients are then averaged over timesteps, so a query whose timesteps disagree has smaller scores: the
-result is a cosine times the query's coherence.
+The query's normalised gradients are then averaged over timesteps, so a query whose timesteps disagree has smaller
+scores: the result is a cosine times the query's coherence.
 """
 
 GRAD_DOT = Method(
