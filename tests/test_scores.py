@@ -1,0 +1,115 @@
+"""Scores on disk and in memory: rankings, reliability, round trip, refusal."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from whence.errors import ScoresError
+from whence.scores import Scores
+
+
+def make_scores(**changes):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(2, 5))
+    fields = {
+        "method": "retrac",
+        "query_ids": ("q0", "q1"),
+        "train_ids": tuple("abcde"),
+        "values": values,
+        "phases": np.stack([values / 4, values * 3 / 4], axis=1),
+        "phase_timesteps": ((1, 500), (501, 999)),
+        "halves": np.stack([values, values + 0.1]),
+        "train_norms": np.array([[1.0, 2.0, np.nan, 0.0, 3.0]]),
+        "train_timesteps": np.array([[5, 6, -1, 7, 8]]),
+        "query_timesteps": np.array([1, 999]),
+        "checkpoint_steps": (12,),
+        "details": {"notes": ["a note"], "seed": 3},
+    }
+    return Scores(**(fields | changes))
+
+
+def bare_scores(values, **changes):
+    """Scores with nothing optional."""
+    num_query, num_train = values.shape
+    ids = [tuple(f"{letter}{k}" for k in range(n)) for letter, n in (("q", num_query), ("t", num_train))]
+    return Scores("retrac", *ids, values, **changes)
+
+
+def test_top_ranks_proponents_and_opponents():
+    scores = make_scores(values=np.array([[1.0, -2.0, 5.0, 0.0, -1.0], [0.0, 0.0, 0.0, 1.0, 0.0]]))
+    assert [(e.rank, e.train_id, e.score) for e in scores.top(0, 2)] == [(1, "c", 5.0), (2, "a", 1.0)]
+    assert [e.train_id for e in scores.top(0, 2, proponents=False)] == ["b", "e"]
+    assert [e.train_id for e in scores.top(1, 9)] == ["d", "a", "b", "c", "e"]  # ties go to the lower row
+    np.testing.assert_array_equal(scores.top_rows(2), [[2, 0], [3, 0]])
+
+
+@given(arrays(np.float64, (1, 7), elements=st.floats(-5, 5)))
+@settings(deadline=None, max_examples=30)
+def test_top_is_in_order_whatever_the_scores(values):
+    scores = bare_scores(values)
+    ranked = [entry.score for entry in scores.top(0, 7)]
+    assert ranked == sorted(values[0].tolist(), reverse=True)
+    assert [e.score for e in scores.top(0, 7, proponents=False)] == sorted(values[0].tolist())
+
+
+def test_reliability_is_the_stepped_up_correlation_of_the_halves():
+    rng = np.random.default_rng(1)
+    halves = rng.normal(size=(2, 3, 40)) + rng.normal(size=(1, 3, 40))
+    halves[:, 2] = 1.0
+    found = bare_scores(halves.mean(0), halves=halves).reliability()
+    for query in range(2):
+        r = np.corrcoef(halves[0, query], halves[1, query])[0, 1]
+        assert found[query] == pytest.approx(2 * r / (1 + r))
+    assert np.isnan(found[2])
+    assert make_scores(halves=None).reliability() is None
+
+
+def test_scores_come_back_as_they_were_written(tmp_path):
+    scores = make_scores()
+    scores.save(tmp_path / "retrac-1")
+    back = Scores.load(tmp_path / "retrac-1")
+    for name, value in vars(scores).items():
+        if isinstance(value, np.ndarray):
+            np.testing.assert_array_equal(getattr(back, name), value)
+            assert getattr(back, name).dtype == value.dtype
+        elif name != "folder":
+            assert getattr(back, name) == value
+    assert back.train_weights is None and back.notes == ["a note"] and back.folder == tmp_path / "retrac-1"
+
+
+def test_the_same_scores_are_the_same_bytes(tmp_path):
+    for name in "ab":
+        make_scores().save(tmp_path / name)
+    for file in ("scores.safetensors", "manifest.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_flipped_byte_is_named(tmp_path):
+    make_scores().save(tmp_path)
+    path = tmp_path / "scores.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ScoresError, match=r"scores\.safetensors is damaged"):
+        Scores.load(tmp_path)
+
+
+def test_a_missing_file_or_manifest_is_named(tmp_path):
+    with pytest.raises(ScoresError, match="no readable scores"):
+        Scores.load(tmp_path)
+    make_scores().save(tmp_path / "x")
+    (tmp_path / "x" / "scores.safetensors").unlink()
+    with pytest.raises(ScoresError, match="cannot be read"):
+        Scores.load(tmp_path / "x")
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    make_scores().save(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
+    with pytest.raises(ScoresError, match="format version 99"):
+        Scores.load(tmp_path)
