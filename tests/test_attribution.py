@@ -1,20 +1,25 @@
 """Scores against the batch-of-one reference, and the identities that they must keep."""
 
+import shutil
 from dataclasses import replace
 
+import filelock
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 
 from reference import query_gradients, replay_scores
-from whence.attribution import Subject, declare, trace
+from whence.attribution import check_trace_settings, declare, trace
 from whence.checkpoints import list_checkpoints, load_model, load_scheduler
 from whence.config import TraceSettings
 from whence.data import ImageData
-from whence.errors import CheckpointError, ConfigError
-from whence.methods import GRAD_COS, GRAD_DOT, PIXELS, RANDOM, RETRAC, TRACIN
+from whence.errors import CheckpointError, ConfigError, InUseError, RecordError, ScoresError
+from whence.methods import GRAD_COS, GRAD_DOT, PIXELS, RANDOM, RETRAC, TRACIN, Grid, Replay
 from whence.record import Record
+from whence.scores import Scores
+from whence.streaming import StreamingPass
+from whence.subject import Subject
 
 SETTINGS = TraceSettings(
     timesteps=5, draws=4, phases=2, train_timesteps=3, train_draws=2, batch_size=8, block_size=4, dtype="float64"
@@ -177,7 +182,7 @@ def test_one_step_on_a_sample_lowers_the_query_loss_by_its_tracin_score(subject,
 
 
 def mean_loss(source, queries):
-    from whence.events import grid_events
+    from whence.event_table import grid_events
     from whence.methods import Grid
 
     table = grid_events(queries, [0], "query", Grid(5, 4), source.process.num_timesteps, 0)
@@ -218,6 +223,94 @@ def test_visits_after_the_last_checkpoint_and_missing_visits_are_told(subject, t
     assert any("20 visits after the last checkpoint" in note for note in notes)
 
 
+def test_what_a_method_declares_is_what_is_computed():
+    own = replace(RETRAC, train=replace(RETRAC.train, events=Replay("all")))
+    declared, _ = declare(own, TraceSettings(), has_record=True)
+    assert declared == own
+    assert declare(GRAD_DOT, TraceSettings(), has_record=True)[0] == GRAD_DOT
+    changed, _ = declare(GRAD_DOT, TraceSettings(timesteps=7, train_draws=3), has_record=False)
+    assert (changed.query.events, changed.train.events) == (Grid(7, 2), Grid(10, 3))
+
+
+def test_published_weights_are_those_of_the_published_code(subject, toy_queries, tmp_path):
+    published = replace(TRACIN, name="tracin-published", weights="published")
+    settings = replace(SETTINGS, dtype="float64")
+    found = trace(subject, toy_queries, [TRACIN, published], settings, tmp_path, show_progress=False)
+    rates = [subject.record.visits.learning_rate[subject.record.visits.step == step][0] for step in (6, 12)]
+    want = [rate * 4 * 2 / 8 for rate in rates]  # lr x batch x epochs / whole batches of 10 images
+    np.testing.assert_allclose(found["tracin-published"].train_weights, np.outer(want, np.ones(10)))
+
+
+def test_two_declarations_of_one_name_are_refused(subject, toy_queries, tmp_path):
+    other = replace(RETRAC, weights="equal")
+    with pytest.raises(ConfigError, match="Two different declarations are named retrac"):
+        trace(subject, toy_queries, [RETRAC, other], SETTINGS, tmp_path, show_progress=False)
+
+
+def test_another_noise_schedule_gives_other_scores_not_the_old_ones(toy_run, toy_train, toy_queries, tmp_path):
+    """A foreign model whose scheduler file is put right after a first trace."""
+    run = tmp_path / "run"
+    shutil.copytree(toy_run, run)
+    for file in run.rglob("checkpoint.json"):
+        file.unlink()
+
+    def traced():
+        subject = Subject(list_checkpoints(run), toy_train, None, "mse")
+        return trace(subject, toy_queries, [RETRAC], SETTINGS, tmp_path / "out", show_progress=False)["retrac"]
+
+    first = traced()
+    for file in run.rglob("scheduler_config.json"):
+        file.write_text(file.read_text().replace('"epsilon"', '"v_prediction"'))
+    assert not np.allclose(traced().values, first.values)
+
+
+def test_the_interval_before_a_last_checkpoint_is_part_of_what_scores_depend_on(subject, toy_queries, tmp_path):
+    last = replace(TRACIN, checkpoints="last")
+    first = trace(subject, toy_queries, [last], SETTINGS, tmp_path, show_progress=False)["tracin"]
+    alone = replace(subject, checkpoints=subject.checkpoints[1:])
+    again = trace(alone, toy_queries, [last], SETTINGS, tmp_path, show_progress=False)["tracin"]
+    assert (again.train_weights > first.train_weights).all()
+
+
+def test_a_deleted_tile_is_made_again(subject, toy_queries, scores, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Scores, "save", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            trace(subject, toy_queries, [RETRAC], SETTINGS, tmp_path, show_progress=False)
+    next(tmp_path.rglob("tile-*")).unlink()
+    found = trace(subject, toy_queries, [RETRAC], SETTINGS, tmp_path, show_progress=False)["retrac"]
+    np.testing.assert_allclose(found.values, scores["retrac"].values, rtol=1e-12)
+
+
+def test_a_second_process_on_the_same_scores_is_refused(subject, toy_queries, tmp_path, monkeypatch):
+    monkeypatch.setattr(StreamingPass, "run", lambda self: pytest.fail("both ran"))
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamingPass, "clean", lambda self: None)
+        patch.setattr(StreamingPass, "run", lambda self: [])
+        with pytest.raises(ScoresError):  # nothing was computed, but the lock's name is known now
+            trace(subject, toy_queries, [RETRAC], SETTINGS, tmp_path, show_progress=False)
+    (lock,) = tmp_path.rglob("*.lock")
+    with filelock.FileLock(lock), pytest.raises(InUseError, match="Another process is computing the same scores"):
+        trace(subject, toy_queries, [RETRAC], SETTINGS, tmp_path, show_progress=False)
+
+
+def test_other_images_are_refused_for_every_method(subject, toy_queries, tmp_path):
+    other = ImageData.from_arrays(-subject.train.pixels(range(10)), subject.train.ids)
+    with pytest.raises(RecordError, match="not those that were trained on"):
+        trace(replace(subject, train=other), toy_queries, [GRAD_DOT], SETTINGS, tmp_path, show_progress=False)
+
+
+def test_parameters_can_be_chosen(subject, toy_queries, tmp_path):
+    settings = replace(SETTINGS, parameters=("conv_in.*",))
+    found = trace(subject, toy_queries, [TRACIN], settings, tmp_path, show_progress=False)["tracin"]
+    model = load_model(subject.checkpoints[0])
+    model.requires_grad_(False)
+    model.conv_in.requires_grad_(True)
+    source = subject.source(subject.checkpoints[0], settings)
+    assert source.layout.num_params == sum(p.numel() for p in model.conv_in.parameters())
+    assert (found.train_norms > 0).all()
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -225,6 +318,7 @@ def test_visits_after_the_last_checkpoint_and_missing_visits_are_told(subject, t
         ({"draws": 16, "batch_size": 8}, "batch_size must hold"),
         ({"phases": 9}, "at most timesteps"),
         ({"timesteps": 0}, "above 0"),
+        ({"device": "abacus"}, "torch device"),
     ],
 )
 def test_contradictory_settings_are_refused(subject, toy_queries, tmp_path, change, message):
@@ -250,3 +344,18 @@ def test_images_of_another_size_are_refused(subject, toy_queries, tmp_path):
 def test_declarations_take_their_grids_from_the_settings():
     declared, notes = declare(RETRAC, SETTINGS, has_record=True)
     assert (declared.query.events.timesteps, declared.query.events.draws, notes) == (5, 4, [])
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("dtype", "float16", "Unknown dtype 'float16'; known are float32, float64"),
+        ("weights_name", "mean", "Unknown weights_name 'mean'; known are raw, ema"),
+        ("replay", "first", "Unknown replay 'first'; known are last, all"),
+    ],
+)
+def test_an_unknown_name_lists_the_known_ones(name, value, message):
+    settings = replace(SETTINGS)
+    object.__setattr__(settings, name, value)  # past the annotation, which the checks of the tests would refuse first
+    with pytest.raises(ConfigError, match=message):
+        check_trace_settings(settings)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from conftest import toy_images
-from whence.errors import DataError
+from whence.errors import ConfigError, DataError
 from whence.evaluation import largest_share, precision, retrieval_table, unique_share
 from whence.scores import Scores
 
@@ -24,7 +24,19 @@ def test_retrieval_separates_queries_of_the_planted_group_from_others():
     table = retrieval_table([scores], train, queries, planted="odd", k=2)
     ((name, own, false, unique, largest, reliability),) = table["rows"]
     assert (name, own, false, reliability) == ("by hand", 0.75, pytest.approx(0.5 / 8, abs=1e-3), None)
-    assert (unique, largest) == (pytest.approx(4 / 20), pytest.approx(0.9))
+    assert (unique, largest) == (pytest.approx(4 / 20), pytest.approx(0.8))
+
+
+@pytest.mark.parametrize(
+    "planted, k, error, message",
+    [
+        ("dragon", 2, DataError, "no training image|No training image has the label 'dragon'; there are even, odd"),
+        ("odd", 0, ConfigError, "k must be above 0"),
+    ],
+)
+def test_a_group_that_is_not_there_is_refused(planted, k, error, message):
+    with pytest.raises(error, match=message):
+        retrieval_table([], toy_images(5), toy_images(5, "query"), planted, k)
 
 
 def test_retrieval_needs_labels():

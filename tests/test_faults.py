@@ -129,7 +129,7 @@ def test_a_disk_that_fails_costs_nothing_that_was_finished(tmp_path, finished, s
             assert found == want[name], f"{name} is half-written"
     STAGES[stage](run)
     assert tree(run) == want
-    assert not list((run / "cache").glob("*"))
+    assert not [p for p in (run / "cache").glob("*") if p.suffix != ".lock"]
 
 
 @pytest.mark.parametrize("stage, limit_bytes", [("train", 16_000), ("train", 30_000), ("trace", 2_000)])

@@ -43,7 +43,7 @@ LAYER_OF = {
     "streaming": "stages",
     "self_influence": "stages",
     "progress": "stages",
-    "events": "stages",
+    "event_table": "stages",
     "gradients": "stages",
     "attribution": "stages",
     "retraining": "stages",

@@ -266,6 +266,11 @@ class TestRanks:
         assert [record.sample_ids[row] for row in record.visits.sample] == ["a", "b", "c"] * 2
         assert set(record.visits.samples_in_step) == {3}
 
+    def test_one_sample_on_two_ranks_has_two_noises(self, tmp_path):
+        with make_recorder(tmp_path) as first, make_recorder(tmp_path, rank=1) as second:
+            noises = [take_step(recorder, ["a"])[0] for recorder in (first, second)]
+        assert not torch.equal(*noises)
+
     def test_only_rank_0_writes_checkpoints(self, tmp_path):
         with make_recorder(tmp_path, rank=1) as second:
             take_step(second, ["a"])
@@ -321,8 +326,8 @@ class TestResume:
     @pytest.mark.parametrize(
         "changed, message",
         [
-            ({"config": {"seed": 4}}, "config.seed is 3 in the record, 4 now; seed is 3 in the record, 4 now"),
-            ({"config": {"seed": 3, "epochs": 2}}, "config.epochs is None in the record, 2 now"),
+            ({"config": {"seed": 4}}, "seed is 3 in the record, 4 now"),
+            ({"config": {"seed": 3, "epochs": 2}, "same_config": True}, "config.epochs is None in the record, 2 now"),
             ({"max_grad_norm": 1.0}, "max_grad_norm is None in the record, 1.0 now"),
             ({"loss": "l1"}, "loss is 'mse' in the record, 'l1' now"),
             ({"data_fingerprint": "abc"}, "data_fingerprint is None in the record, 'abc' now"),
@@ -335,6 +340,11 @@ class TestResume:
     def test_other_settings_are_refused_by_name(self, run, changed, message):
         with pytest.raises(RecordError, match=message):
             make_recorder(run, resume_from=3, **changed)
+
+    def test_a_longer_training_or_another_flag_of_the_script_goes_on(self, run):
+        make_recorder(
+            run, resume_from=3, config={"seed": 3, "num_epochs": 9, "resume_from_checkpoint": "latest"}
+        ).close()
 
     def test_a_refusal_leaves_the_folder_free(self, run):
         with pytest.raises(RecordError) as refusal:
@@ -422,6 +432,17 @@ class TestRefusals:
             with pytest.raises(NumericsError, match=f"gradient norm at step 1 is {bad}"):
                 take_step(recorder, ["a"], grad_norm=bad)
 
+    def test_a_gradient_norm_that_was_forgotten(self, tmp_path):
+        with make_recorder(tmp_path, max_grad_norm=1.0) as recorder:
+            with pytest.raises(RecordError, match="clipped to the norm 1.0, so step\\(\\) needs the norm"):
+                take_step(recorder, ["a"])
+
+    def test_two_learning_rates(self, tmp_path):
+        groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": rate} for rate in (0.1, 0.2)]
+        with make_recorder(tmp_path, optimizer=torch.optim.SGD(groups)) as recorder:
+            with pytest.raises(RecordError, match="one learning rate; the optimizer's groups have 0.1, 0.2"):
+                take_step(recorder, ["a"])
+
     def test_ids_that_do_not_match_the_images(self, recorder):
         with pytest.raises(RecordError, match="one id per image; found 3 ids and 2 images"):
             recorder.draw(["a", "b", "c"], like=torch.zeros(2, 1, 4, 4))
@@ -471,6 +492,19 @@ class TestConfig:
         with make_recorder(tmp_path, config=Settings(), seed=6) as recorder:
             assert (recorder.seed, recorder.max_grad_norm) == (6, 2.0)
             assert recorder.manifest["loss"] == "l1" and recorder.manifest["mixed_precision"] == "bf16"
+
+    def test_secrets_are_not_written_down(self, tmp_path):
+        config = {
+            "hub_token": "t",
+            "WANDB_API_KEY": "k",
+            "db_password": "p",
+            "client_secret": "s",
+            "tokenizer": "x",
+            "lr": 1,
+        }
+        make_recorder(tmp_path, config=config).close()
+        found = (tmp_path / "record" / "manifest.json").read_text()
+        assert json.loads(found)["config"] == {"lr": 1}
 
     def test_anything_in_a_config_becomes_plain(self, tmp_path):
         config = {"path": tmp_path, "widths": (1, 2), "bad": float("nan"), "names": {"b", "a"}, "none": None}

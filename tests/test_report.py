@@ -213,7 +213,9 @@ class TestContents:
 
     def test_settings_are_flat_and_notes_stand_first(self, tmp_path: Path, train: ImageData, queries: ImageData):
         scores = [make_scores(train, queries), plain_scores(train, queries)]
-        page = render(tmp_path, scores, train, queries, settings={"trace": TraceSettings(), "ids": list(range(20))})
+        page = render(
+            tmp_path, scores, train, queries, settings={"trace": TraceSettings(timesteps=100), "ids": list(range(20))}
+        )
         for text in (
             "trace.timesteps 100",
             "method.query.events.draws 2",

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +9,14 @@ from whence.checkpoints import list_checkpoints, load_model, load_scheduler
 from whence.config import TraceSettings
 from whence.diffusion.noise import normals
 from whence.errors import ConfigError, RecordError
-from whence.methods import RETRAC, TRACIN
+from whence.methods import RETRAC, TRACIN, Replay
 from whence.record import Record
 from whence.self_influence import self_influence, self_influence_cost
+from whence.streaming import write_arrays
 from whence.subject import Subject
 
-SETTINGS = TraceSettings(timesteps=3, draws=2, phases=1, batch_size=8, dtype="float64")
+SETTINGS = TraceSettings(timesteps=3, draws=2, phases=1, batch_size=8, block_size=4, dtype="float64")
+NO_GRID = TraceSettings(batch_size=8, block_size=4, dtype="float64")
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def trained_gradients(subject, row):
 
 
 def test_self_norm_is_the_weighted_squared_length(subject, tmp_path):
-    scores = self_influence(subject, "self_norm", SETTINGS, tmp_path, method=TRACIN, show_progress=False)
+    scores = self_influence(subject, "self_norm", NO_GRID, tmp_path, method=TRACIN, show_progress=False)
     want = sum(weight * float(g @ g) for _, _, weight, g in trained_gradients(subject, 6))
     assert scores.values[0, 6] == pytest.approx(want, rel=1e-6)
     assert (scores.values > 0).all()
@@ -55,13 +59,13 @@ def test_self_expected_sets_a_sample_against_its_own_mean(subject, tmp_path, met
 
 def test_self_norm_is_refused_where_it_is_constant(subject, tmp_path):
     with pytest.raises(ConfigError, match="same number for every sample"):
-        self_influence(subject, "self_norm", SETTINGS, tmp_path, method=RETRAC, show_progress=False)
+        self_influence(subject, "self_norm", NO_GRID, tmp_path, method=RETRAC, show_progress=False)
 
 
 def test_self_influence_needs_a_record(subject, tmp_path):
     foreign = Subject(subject.checkpoints, subject.train, None, "mse")
     with pytest.raises(RecordError, match="needs a record"):
-        self_influence(foreign, "self_norm", SETTINGS, tmp_path, method=TRACIN, show_progress=False)
+        self_influence(foreign, "self_norm", NO_GRID, tmp_path, method=TRACIN, show_progress=False)
 
 
 def test_the_cost_is_known_beforehand(subject):
@@ -71,5 +75,42 @@ def test_the_cost_is_known_beforehand(subject):
 
 def test_an_image_that_was_never_visited_has_no_length(subject, tmp_path):
     first = Subject(subject.checkpoints[:1], subject.train, subject.record, "mse")
-    scores = self_influence(first, "self_norm", SETTINGS, tmp_path, method=TRACIN, show_progress=False)
+    scores = self_influence(first, "self_norm", NO_GRID, tmp_path, method=TRACIN, show_progress=False)
     assert not np.isnan(scores.train_norms).any()
+
+
+def test_a_setting_without_effect_warns(subject, tmp_path):
+    with pytest.warns(UserWarning, match="no effect on self_norm"):
+        self_influence(subject, "self_norm", SETTINGS, tmp_path, method=TRACIN, show_progress=False)
+
+
+def test_an_interrupted_computation_goes_on_from_its_blocks(subject, tmp_path, monkeypatch):
+    whole = self_influence(subject, "self_expected", SETTINGS, tmp_path / "whole", method=RETRAC, show_progress=False)
+    done = []
+
+    def interrupted(path, arrays):
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(path)
+        write_arrays(path, arrays)
+
+    monkeypatch.setattr("whence.self_influence.write_arrays", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        self_influence(subject, "self_expected", SETTINGS, tmp_path / "cut", method=RETRAC, show_progress=False)
+    monkeypatch.setattr(
+        "whence.self_influence.write_arrays", lambda path, arrays: done.append(path) or write_arrays(path, arrays)
+    )
+    cut = self_influence(subject, "self_expected", SETTINGS, tmp_path / "cut", method=RETRAC, show_progress=False)
+    assert len(done) == len(set(done)) == 6  # two checkpoints of three blocks
+    np.testing.assert_array_equal(cut.values, whole.values)
+
+
+def test_all_visits_may_count(subject, tmp_path):
+    settings = replace(NO_GRID, replay="all")
+    scores = self_influence(subject, "self_norm", settings, tmp_path, method=TRACIN, show_progress=False)
+    source = subject.source(subject.checkpoints[0], settings)
+    table = subject.replays.events(0, 6, Replay("all"), "learning_rate")
+    mine = table.take(table.row == 3)
+    _, lengths = source.dots(mine, subject.train, source.no_vectors(), lambda n: None)
+    assert len(mine) == 2
+    assert scores.train_norms[0, 3] == pytest.approx(np.sqrt(np.mean(lengths**2)))

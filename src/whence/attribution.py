@@ -1,5 +1,6 @@
 """Attribution: from checkpoints, training images and queries to scores on disk, by any of the methods."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,14 +12,22 @@ from numpy import ndarray
 
 from whence._files import sha256_of_json
 from whence.checkpoints import check_same_architecture
-from whence.config import TraceSettings
+from whence.config import DtypeName, TraceSettings, WeightsName
 from whence.data import ImageData
 from whence.diffusion.noise import noise_key, normals
-from whence.errors import ConfigError
+from whence.errors import ConfigError, ScoresError, check_choice
+from whence.event_table import check_same_data
 from whence.methods import Baseline, Grid, Method, Replay
+from whence.methods.frame import ReplayedVisits
 from whence.scores import Scores
-from whence.streaming import StreamingPass, check_units
+from whence.streaming import StreamingPass, check_method, claim, num_phases
 from whence.subject import Subject
+
+SCORING_VERSION = 1
+"""Part of every hash of scores; counts up when the same settings give other scores."""
+
+UNRECORDED = Grid(timesteps=10, draws=1)
+"""Where training images are taken whose visits are not on record."""
 
 
 def declare(
@@ -34,21 +43,27 @@ def declare(
     """
     if isinstance(method, Baseline):
         return method, []
-    notes = []
-    query = replace(method.query, events=Grid(settings.timesteps, settings.draws))
-    train_grid = Grid(settings.train_timesteps, settings.train_draws)
-    if isinstance(method.train.events, Grid):
-        return replace(method, train=replace(method.train, events=train_grid), query=query), notes
-    if has_record:
-        return replace(method, train=replace(method.train, events=Replay(settings.replay)), query=query), notes
-    unit = "timestep" if method.train.unit == "event" else method.train.unit
-    notes.append(
-        f"There is no record of training, so {method.name} takes each training image on a grid of "
-        f"{train_grid.timesteps} timesteps x {train_grid.draws} draws instead of at the timestep and noise it was "
-        "trained on, and weights all checkpoints equally."
-    )
-    train = replace(method.train, events=train_grid, unit=unit)
-    return replace(method, train=train, query=query, weights="equal"), notes
+    query = replace(method.query, events=_grid(method.query.events, settings.timesteps, settings.draws))
+    events, unit, weights, notes = method.train.events, method.train.unit, method.weights, []
+    if isinstance(events, Grid) or not has_record:
+        events = _grid(events, settings.train_timesteps, settings.train_draws)
+    elif settings.replay is not None:
+        events = Replay(settings.replay)
+    if isinstance(method.train.events, Replay) and isinstance(events, Grid):
+        unit, weights = "timestep" if unit == "event" else unit, "equal"
+        notes.append(
+            f"There is no record of training, so {method.name} takes each training image on a grid of "
+            f"{events.timesteps} timesteps x {events.draws} draws instead of at the timestep and noise it was trained "
+            "on, and weights all checkpoints equally."
+        )
+    train = replace(method.train, events=events, unit=unit)
+    return replace(method, train=train, query=query, weights=weights), notes
+
+
+def _grid(events: Grid | Replay, timesteps: int | None, draws: int | None) -> Grid:
+    """Change what is given of a declared grid; a replay that cannot be becomes ``UNRECORDED``."""
+    grid = events if isinstance(events, Grid) else UNRECORDED
+    return Grid(grid.timesteps if timesteps is None else timesteps, grid.draws if draws is None else draws)
 
 
 def trace(
@@ -79,11 +94,12 @@ def trace(
         NumericsError: If a gradient is not finite.
     """
     check_trace_settings(settings)
-    if not methods:
-        raise ConfigError("trace needs at least one method.")
+    declared = [declare(method, settings, has_record=subject.record is not None) for method in methods]
+    _check_methods([method for method, _ in declared], settings)
     check_same_architecture(subject.checkpoints, settings.weights_name)
     _check_query_size(subject.train, queries)
-    declared = [declare(method, settings, has_record=subject.record is not None) for method in methods]
+    if subject.record is not None:
+        check_same_data(subject.record, subject.train)
     specs = {method.name: _spec(method, subject, queries, settings) for method, _ in declared}
     notes = {method.name: notes for method, notes in declared}
     folders = {name: folder / "scores" / f"{name}-{sha256_of_json(spec)[:8]}" for name, spec in specs.items()}
@@ -91,7 +107,7 @@ def trace(
 
     def save(scores: Scores) -> None:
         name = scores.method
-        details = specs[name] | {"notes": notes[name] + _notes(scores, subject, settings)}
+        details = specs[name] | {"notes": notes[name] + notes_on(scores, subject, settings)}
         if scores.query_timesteps is not None:
             details["computed_with"] = _computed_with(settings)
         replace(scores, details=details).save(folders[name])
@@ -101,42 +117,71 @@ def trace(
     # A pass is made of all methods asked for, wanted or not: which ones share it decides how its sums are rounded.
     for group in _groups([m for m, _ in declared if isinstance(m, Method)]):
         key = sha256_of_json([[specs[m.name] for m in group], _computed_with(settings)])[:16]
-        work = StreamingPass(subject, queries, group, settings, folder / "cache" / key, show_progress)
-        if any(method in wanted for method in group):
-            for scores in work.run():
-                if scores.method in {method.name for method in wanted}:
-                    save(scores)
-        work.clean()
-    return {name: Scores.load(path) for name, path in folders.items()}
+        with claim(folder / "cache" / key):
+            work = StreamingPass(subject, queries, group, settings, folder / "cache" / key, show_progress)
+            if any(method in wanted for method in group):
+                for scores in work.run():
+                    if scores.method in {method.name for method in wanted}:
+                        save(scores)
+            work.clean()
+    return {name: load_own_scores(path, specs[name]) for name, path in folders.items()}
+
+
+def load_own_scores(folder: Path, spec: dict[str, Any]) -> Scores:
+    """Load scores that were found by the hash of what they depend on.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ScoresError: If they are damaged, or were made of something else.
+    """
+    scores = Scores.load(folder)
+    plain = json.loads(json.dumps(spec))
+    others = sorted(k for k in plain if scores.details.get(k) != plain[k])
+    if others:
+        raise ScoresError(f"{folder} was made with another {', '.join(others)}. Delete it and trace again.")
+    return scores
 
 
 def check_trace_settings(settings: TraceSettings) -> None:
-    """Refuse settings that contradict each other.
+    """Refuse settings that cannot be met whatever the method.
 
     Raises:
         ConfigError: With all faults found.
     """
-    positive = ("timesteps", "draws", "train_timesteps", "train_draws", "phases", "batch_size", "block_size")
-    faults = [
-        f"{name} must be above 0, found {getattr(settings, name)}" for name in positive if getattr(settings, name) <= 0
-    ]
-    if settings.draws != 1 and settings.draws % 2:
-        faults.append(f"draws must be an even number, to be split in two halves, or 1; found {settings.draws}")
-    if settings.phases > settings.timesteps:
-        faults.append(f"phases must be at most timesteps = {settings.timesteps}, found {settings.phases}")
-    if max(settings.draws, settings.train_draws) > settings.batch_size:
-        faults.append(f"batch_size must hold all draws of a timestep ({settings.draws}), found {settings.batch_size}")
-    if settings.query_memory_gib <= 0:
-        faults.append(f"query_memory_gib must be above 0, found {settings.query_memory_gib}")
+    check_choice("weights_name", settings.weights_name, WeightsName)
+    check_choice("dtype", settings.dtype, DtypeName)
+    if settings.replay is not None:
+        check_choice("replay", settings.replay, ReplayedVisits)
+    positive = ["timesteps", "draws", "train_timesteps", "train_draws", "phases"]
+    positive += ["batch_size", "block_size", "query_memory_gib"]
+    values = {name: getattr(settings, name) for name in positive}
+    faults = [f"{name} must be above 0, found {v}" for name, v in values.items() if v is not None and v <= 0]
+    try:
+        torch.device(settings.device)
+    except RuntimeError:
+        faults.append(f"device must be a torch device such as cpu or cuda:0, found {settings.device!r}")
     if faults:
         raise ConfigError("; ".join(faults) + ".")
+
+
+def _check_methods(methods: Sequence[Method | Baseline], settings: TraceSettings) -> None:
+    if not methods:
+        raise ConfigError("trace needs at least one method.")
+    names = [method.name for method in dict.fromkeys(methods)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"Two different declarations are named {', '.join(twice)}; give each a name of its own.")
+    for method in methods:
+        if isinstance(method, Method):
+            check_method(method, settings)
 
 
 def _groups(methods: Sequence[Method]) -> list[list[Method]]:
     """Put methods together that take gradients at the same events of the same checkpoints."""
     groups: dict[Any, list[Method]] = {}
     for method in methods:
-        check_units(method)
         key = (method.checkpoints, method.train.events, method.query.events, method.train.output, method.query.output)
         groups.setdefault(key, []).append(method)
     return list(groups.values())
@@ -144,25 +189,20 @@ def _groups(methods: Sequence[Method]) -> list[list[Method]]:
 
 def _spec(method: Method | Baseline, subject: Subject, queries: ImageData, settings: TraceSettings) -> dict[str, Any]:
     """All that the scores depend on, but for rounding: two specs with one hash have the same scores."""
-    data = {
-        "train": {"fingerprint": subject.train.fingerprint, "num_images": len(subject.train)},
-        "queries": {"fingerprint": queries.fingerprint, "num_images": len(queries)},
-    }
+    asked = {"fingerprint": queries.fingerprint, "num_images": len(queries)}
     if isinstance(method, Baseline):
+        train = {"fingerprint": subject.train.fingerprint, "num_images": len(subject.train)}
         seed = {"seed": settings.seed} if method.kind == "random" else {}
-        return {"method": asdict(method), **seed, **data}
+        return {"version": SCORING_VERSION, "method": asdict(method), **seed, "train": train, "queries": asked}
+    kinds = {"events": type(method.train.events).__name__, "query_events": type(method.query.events).__name__}
     used = subject.checkpoints if method.checkpoints == "all" else subject.checkpoints[-1:]
-    names = {"events": type(method.train.events).__name__, "query_events": type(method.query.events).__name__}
     return {
-        "method": asdict(method) | names,
-        "loss": subject.loss,
-        "weights_name": settings.weights_name,
-        "dtype": settings.dtype,
-        "phases": settings.phases,
+        "version": SCORING_VERSION,
+        "method": asdict(method) | kinds,
+        "phases": num_phases(method, settings),
         "seed": settings.seed,
-        "checkpoints": [{"step": c.step, "sha256": c.content_hash(settings.weights_name)} for c in used],
-        "record": subject.record.content_hash if subject.record else None,
-        **data,
+        "queries": asked,
+        **subject.describe(used, settings),
     }
 
 
@@ -178,8 +218,12 @@ def _computed_with(settings: TraceSettings) -> dict[str, Any]:
     }
 
 
-def _notes(scores: Scores, subject: Subject, settings: TraceSettings) -> list[str]:
-    """Count what a reader has to know."""
+def notes_on(scores: Scores, subject: Subject, settings: TraceSettings) -> list[str]:
+    """Count what a reader of some scores has to know.
+
+    Returns:
+        Sentences.
+    """
     notes = []
     if scores.train_norms is not None:
         unvisited = np.isnan(scores.train_norms)
@@ -195,11 +239,13 @@ def _notes(scores: Scores, subject: Subject, settings: TraceSettings) -> list[st
             notes.append(
                 f"{len(zero)} training images have a gradient of zero at some checkpoint and count 0 there: {some}."
             )
+    if subject.record is not None and (subject.record.visits.loss_weight != 1).any():
+        notes.append("Training weighted its losses; the weights are in replayed gradients, not in those on a grid.")
     if subject.record is not None:
         late = int((subject.record.visits.step > subject.checkpoints[-1].step).sum())
         if late:
             notes.append(f"{late} visits after the last checkpoint are not part of the scores.")
-    if settings.draws == 1:
+    if scores.query_timesteps is not None and scores.halves is None:
         notes.append(
             "With one draw at each timestep, the reliability of the scores is not known; use at least 2 draws."
         )

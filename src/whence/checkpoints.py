@@ -17,18 +17,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from whence._files import publish_folder, sha256_of_file, sha256_of_json, write_json
-from whence.errors import CheckpointError, NumericsError
+from whence.config import WeightsName
+from whence.errors import CheckpointError, NumericsError, check_choice
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-
-Weights = Literal["raw", "ema"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Checkpoint:
     ema_folder: Path | None
     """Moving average of the weights, or None."""
 
-    def weights_folder(self, weights: Weights) -> Path:
+    def weights_folder(self, weights: WeightsName) -> Path:
         """Give the folder of the raw or of the averaged weights.
 
         Returns:
@@ -52,6 +51,7 @@ class Checkpoint:
         Raises:
             CheckpointError: If averaged weights are asked for and there are none.
         """
+        check_choice("weights", weights, WeightsName)
         if weights == "raw":
             return self.model_folder
         if self.ema_folder is None:
@@ -60,7 +60,7 @@ class Checkpoint:
             )
         return self.ema_folder
 
-    def content_hash(self, weights: Weights = "raw") -> str:
+    def content_hash(self, weights: WeightsName = "raw") -> str:
         """Hash what a gradient depends on: the model's configuration and its weights."""
         files = sorted(self.weights_folder(weights).iterdir())
         kept = [f for f in files if f.suffix in (".json", ".safetensors", ".bin")]
@@ -109,6 +109,8 @@ def _as_checkpoint(folder: Path, step: int) -> Checkpoint | None:
         if (model_folder / "config.json").exists():
             ema = folder / "unet_ema"
             return Checkpoint(step, folder, model_folder, ema if (ema / "config.json").exists() else None)
+    if (folder / "checkpoint.json").exists():  # written last, so the folder was whole once
+        raise CheckpointError(f"{folder / 'unet' / 'config.json'} is missing. Restore it, or delete {folder}.")
     return None
 
 
@@ -130,7 +132,7 @@ def check_files(checkpoint: Checkpoint) -> None:
 
 def load_model(
     checkpoint: Checkpoint,
-    weights: Weights = "raw",
+    weights: WeightsName = "raw",
     *,
     allow_pickle: bool = False,
     device: str = "cpu",
@@ -220,7 +222,7 @@ def _check_fits(folder: Path, want: dict[str, Any], found: dict[str, Any]) -> No
         )
 
 
-def check_same_architecture(checkpoints: Sequence[Checkpoint], weights: Weights = "raw") -> None:
+def check_same_architecture(checkpoints: Sequence[Checkpoint], weights: WeightsName = "raw") -> None:
     """Refuse a series whose models differ in anything but their weights.
 
     Raises:

@@ -18,6 +18,7 @@ from whence.config import DataSettings, LossName, ModelSettings, TraceSettings, 
 from whence.errors import WhenceError
 
 if TYPE_CHECKING:
+    from whence.pipeline import Run
     from whence.scores import Scores
 
 Flat = tyro.conf.OmitArgPrefixes
@@ -125,6 +126,8 @@ def self_(
     kind: Literal["self_norm", "self_expected"] = "self_norm",
     method: Literal["tracin", "retrac"] = "tracin",
     top: int = 10,
+    data: str | None = None,
+    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
     settings: Flat[TraceSettings] = TraceSettings(),  # noqa: B008
     json: bool = False,
 ) -> None:
@@ -136,12 +139,14 @@ def self_(
             gradient over a grid of timesteps and draws, which costs that many passes more.
         method: For self_expected: retrac brings both sides to length 1.
         top: Training images to print.
+        data: Training images, where the run does not know its own (a training loop of yours) or they were moved.
+        data_settings: How images are read. Default: as the run did.
         settings: The grid of self_expected, arithmetic, batch size.
         json: Print the ranking as JSON.
     """
     from whence.pipeline import open_run
 
-    opened = open_run(run)
+    opened = open_run(run, data=data, data_settings=_given(data_settings))
     cost = opened.self_influence_cost(kind, settings)
     print(f"{kind}: {cost.sample_passes:,} sample-passes", file=sys.stderr)
     scores = opened.self_influence(kind, settings, method=method)
@@ -168,19 +173,29 @@ def report(run: Positional[Path], /, *, planted: str | None = None, k: int = 10,
         _print_table(table["columns"], table["rows"], json, page=str(page), notes=table["notes"])
 
 
-def check(run: Positional[Path], /, *, device: str = "cpu", json: bool = False) -> None:
+def check(
+    run: Positional[Path],
+    /,
+    *,
+    data: str | None = None,
+    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
+    device: str = "cpu",
+    json: bool = False,
+) -> None:
     """Check that the record explains training: checksums, keys, and losses replayed at each checkpoint.
 
     Ends with status 1 where a check fails.
 
     Args:
         run: A run with a record.
+        data: Training images, where the run does not know its own (a training loop of yours) or they were moved.
+        data_settings: How images are read. Default: as the run did.
         device: Torch device.
         json: Print the verdicts as JSON.
     """
     from whence.pipeline import open_run
 
-    rows = open_run(run).check(device=device)
+    rows = open_run(run, data=data, data_settings=_given(data_settings)).check(device=device)
     _print_table(
         ["what", "verdict", "visits", "detail"], [[r.what, r.verdict, r.checked, r.detail] for r in rows], json
     )
@@ -198,6 +213,8 @@ def show(
     checkpoint: int = -1,
     npz: Path | None = None,
     top: int = 5,
+    data: str | None = None,
+    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
     json: bool = False,
 ) -> None:
     """Show what is in a run, a record, a checkpoint folder or a folder of scores; or the events of training images.
@@ -210,10 +227,15 @@ def show(
         checkpoint: Number of the checkpoint, from 0; -1 is the last.
         npz: Also write the events' arrays to this file: clean, noise, noisy (x_t), target, timesteps, weight.
         top: Training images to print for each query of scores.
+        data: For events: training images, where the run does not know its own.
+        data_settings: How images are read. Default: as the run did.
         json: Print as JSON.
     """
     if events:
-        _show_events(path, events, method, replay, checkpoint, npz, json)
+        from whence.pipeline import open_run
+
+        run = open_run(path, data=data, data_settings=_given(data_settings))
+        _show_events(run, events, method, replay, checkpoint, npz, json)
     elif (path / "scores.safetensors").exists():
         from whence.scores import Scores
 
@@ -260,7 +282,7 @@ def _given(settings: DataSettings) -> DataSettings | None:
 
 
 def _show_events(
-    path: Path,
+    run: "Run",
     ids: Sequence[str],
     method: str,
     replay: Literal["last", "all"],
@@ -271,14 +293,12 @@ def _show_events(
     import numpy as np
 
     from whence.methods import METHODS, Method, Replay
-    from whence.pipeline import open_run
 
     declared = METHODS[method]
     assert isinstance(declared, Method)  # the choices of --method
     plan = declared.train
     if isinstance(plan.events, Replay):
         plan = replace(plan, events=Replay(replay))
-    run = open_run(path)
     table, batch = run.events(plan, ids, checkpoint=checkpoint)
     rows = [
         [run.train_images.ids[row], int(t), f"{key:016x}", bool(flip), float(loss_weight), float(weight)]

@@ -9,6 +9,8 @@ from typing import Literal
 
 LossName = Literal["mse", "l1"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+WeightsName = Literal["raw", "ema"]
+DtypeName = Literal["float32", "float64"]
 
 
 @dataclass(frozen=True)
@@ -95,30 +97,33 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class TraceSettings:
-    """How queries are compared with training images. Defaults are those of Diffusion-ReTrac (arXiv:2401.09031)."""
+    """How queries are compared with training images. What is not given is as the method declares it."""
 
-    timesteps: int = 100
-    """Timesteps of the query grid, evenly spaced on 1..T-1."""
-    draws: int = 16
-    """Noise draws at each timestep of the query grid: an even number, or 1 (then no reliability can be given)."""
-    replay: Literal["last", "all"] = "last"
-    """Which visits of a training image stand for it at a checkpoint: the last one, or every one since the previous."""
-    train_timesteps: int = 10
-    """Timesteps of the grid on the training side, where a method or a missing record asks for one."""
-    train_draws: int = 1
-    """Noise draws at each timestep of that grid."""
-    phases: int = 4
-    """Bins of query timesteps for which scores are kept apart, from least noise to most."""
-    weights_name: Literal["raw", "ema"] = "raw"
+    timesteps: int | None = None
+    """Timesteps of the query grid, evenly spaced on 1..T-1. By default 100 for tracin and retrac."""
+    draws: int | None = None
+    """Noise draws at each timestep of the query grid: an even number, or 1 (then no reliability can be given). By
+    default 16 for tracin and retrac."""
+    replay: Literal["last", "all"] | None = None
+    """Which visits of a training image stand for it at a checkpoint: the last one, or every one since the previous. By
+    default the last."""
+    train_timesteps: int | None = None
+    """Timesteps of the grid on the training side, where a method or a missing record asks for one. By default 10."""
+    train_draws: int | None = None
+    """Noise draws at each timestep of that grid. By default 1."""
+    parameters: tuple[str, ...] = ("*",)
+    """Parameters whose gradients count, by shell-style patterns over their names."""
+    phases: int | None = None
+    """Bins of query timesteps for which scores are kept apart, from least noise to most. By default 4."""
+    weights_name: WeightsName = "raw"
     """Which weights of a checkpoint: the trained ones, or their moving average."""
     batch_size: int = 64
     """Events in one forward and backward pass."""
     block_size: int = 256
     """Training images in one unit of work: what a killed run loses at most."""
     query_memory_gib: float = 4.0
-    """Memory for query gradients, in GiB. Queries beyond it are traced in turns, each with a pass over the training "
-    "set."""
-    dtype: Literal["float32", "float64"] = "float32"
+    """Memory for query gradients, in GiB. Beyond it, queries are traced in turns: a pass over the training set each."""
+    dtype: DtypeName = "float32"
     """Arithmetic of the forward pass, gradients and dot products."""
     device: str = "cpu"
     """Torch device, for example cpu or cuda:0."""

@@ -3,6 +3,8 @@
 A message says what must hold, what was found and what to do. The command line prints it without a traceback.
 """
 
+from typing import Any, get_args
+
 
 class WhenceError(Exception):
     """Base of all errors that whence raises on purpose."""
@@ -38,3 +40,14 @@ class NumericsError(WhenceError):
 
 class InUseError(WhenceError):
     """Another process is writing to the same run."""
+
+
+def check_choice(what: str, value: Any, choices: Any) -> None:
+    """Refuse a value that is not one of a ``Literal``'s, so that no name falls through to another's meaning.
+
+    Raises:
+        ConfigError: The message lists the known values.
+    """
+    known = get_args(choices)
+    if value not in known:
+        raise ConfigError(f"Unknown {what} {value!r}; known are {', '.join(map(str, known))}.")

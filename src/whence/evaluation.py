@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float64, Int
 from numpy import ndarray
 
 from whence.data import ImageData
-from whence.errors import DataError
+from whence.errors import ConfigError, DataError
 from whence.scores import Scores
 
 
@@ -74,10 +74,17 @@ def retrieval_table(
         A table for :func:`whence.report.write_report`.
 
     Raises:
-        DataError: If there are no labels.
+        DataError: If there are no labels, or none is that of the group.
+        ConfigError: If ``k`` is not above 0.
     """
     if train.labels is None or queries.labels is None:
         raise DataError("Retrieval is measured on labels; the training images and the queries need a label each.")
+    if planted not in train.labels:
+        raise DataError(
+            f"No training image has the label {planted!r}; there are {', '.join(sorted(set(train.labels)))}."
+        )
+    if k < 1:
+        raise ConfigError(f"k must be above 0, found {k}.")
     is_member = np.array([label == planted for label in train.labels])
     labels = np.array(queries.labels)
     own = labels == planted

@@ -28,7 +28,7 @@ from whence.diffusion.process import NoiseProcess
 from whence.engine.capture import Capture, check_against_autograd
 from whence.engine.sinks import DotSink, GatherSink, Layout
 from whence.errors import ConfigError, NumericsError
-from whence.events import EventTable, grid_events, make_batch
+from whence.event_table import EventTable, grid_events, make_batch
 from whence.methods.frame import Grid
 
 Family = Literal["none", "timestep"]
@@ -61,15 +61,28 @@ class GradientSource:
         loss: Loss whose gradient is taken.
         batch_size: Events in one forward and backward pass.
         label: Name of the checkpoint, for messages.
+        patterns: Which parameters, by shell-style patterns over their names.
+        memory_gib: Bound on the whole gradients that are held at once in the making of sums.
     """
 
-    def __init__(self, model: Any, process: NoiseProcess, loss: LossName, batch_size: int, label: str):
+    def __init__(
+        self,
+        model: Any,
+        process: NoiseProcess,
+        loss: LossName,
+        batch_size: int,
+        label: str,
+        *,
+        patterns: Sequence[str] = ("*",),
+        memory_gib: float = 4.0,
+    ):
         self.model = model
         self.process = process
         self.loss: LossName = loss
         self.batch_size = batch_size
         self.label = label
-        self.capture = Capture(model)
+        self.memory_bytes = memory_gib * 2**30
+        self.capture = Capture(model, patterns)
         self.layout = Layout.of(self.capture.parameters)
         parameter = next(iter(self.capture.parameters.values()))
         self.dtype, self.device = parameter.dtype, parameter.device
@@ -146,7 +159,8 @@ class GradientSource:
         sums = torch.zeros(len(rows), num_rows, self.layout.num_params, dtype=self.dtype, device=self.device)
         norms = np.empty((len(rows), grid.timesteps))
         parts = 2 if halves else 1
-        points_per_batch = self.batch_size // grid.draws
+        point_bytes = parts * self.layout.num_params * sums.element_size()
+        points_per_batch = max(1, min(self.batch_size // grid.draws, int(self.memory_bytes // point_bytes)))
         buffer = sums.new_zeros(points_per_batch * parts, self.layout.num_params)
         for start in range(0, len(rows) * grid.timesteps, points_per_batch):
             events = table.take(slice(start * grid.draws, (start + points_per_batch) * grid.draws))

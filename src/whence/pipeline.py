@@ -22,11 +22,11 @@ from whence.attribution import trace
 from whence.checkpoints import list_checkpoints, load_model, load_scheduler
 from whence.config import DataSettings, LossName, ModelSettings, TraceSettings, TrainingSettings
 from whence.data import ImageData, concatenate, open_images, save_arrays
-from whence.errors import ConfigError, DataError, ScoresError
+from whence.errors import ConfigError, DataError, ScoresError, check_choice
 from whence.evaluation import retrieval_table
-from whence.events import EventBatch, EventTable, Replays, grid_events, make_batch
-from whence.methods import GradientPlan, Grid, Method, method_by_name
-from whence.record import Record
+from whence.event_table import EventBatch, EventTable, Replays, grid_events, make_batch
+from whence.methods import Baseline, GradientPlan, Grid, Method, method_by_name
+from whence.record import Record, read_manifest
 from whence.replay_check import CheckRow, check_run
 from whence.report import write_report
 from whence.sampling import sample_images
@@ -87,7 +87,7 @@ class Run:
     def trace(
         self,
         queries: Images,
-        methods: Sequence[str] = ("tracin", "retrac"),
+        methods: Sequence[str | Method | Baseline] = ("tracin", "retrac"),
         settings: TraceSettings | None = None,
         *,
         show_progress: bool = True,
@@ -97,7 +97,7 @@ class Run:
 
         Args:
             queries: Query images, or where they are.
-            methods: Names of methods.
+            methods: Names of methods, or declarations of your own.
             settings: Size of the grids and the like. Default: those of Diffusion-ReTrac, 100 timesteps x 16 draws.
             show_progress: Show a progress bar.
             **changes: Single settings by name, as ``timesteps=16``.
@@ -107,7 +107,7 @@ class Run:
         """
         settings = replace(settings or TraceSettings(), **changes)
         images = self.open_queries(queries)
-        declared = [method_by_name(name) for name in methods]
+        declared = [method_by_name(m) if isinstance(m, str) else m for m in methods]
         scores = trace(self.subject, images, declared, settings, self.folder, show_progress=show_progress)
         write_json(
             self.folder / "scores" / "latest.json",
@@ -177,12 +177,18 @@ class Run:
         Returns:
             A file that opens as images, with all its decimals.
         """
-        path = self.folder / "generated" / f"ddim{steps}-{count}-seed{seed}.safetensors"
+        last = self.subject.checkpoints[-1]
+        name = f"ddim{steps}-{count}-seed{seed}-step{last.step}-{last.content_hash()[:8]}.safetensors"
+        path = self.folder / "generated" / name
         if not path.exists():
-            last = self.subject.checkpoints[-1]
             ids = [f"generated-{k}" for k in range(count)]
             images = sample_images(
-                load_model(last), load_scheduler(last), ids, steps=steps, seed=seed, show_progress=show_progress
+                load_model(last, allow_pickle=self.allow_pickle),
+                load_scheduler(last),
+                ids,
+                steps=steps,
+                seed=seed,
+                show_progress=show_progress,
             )
             save_arrays(path, images, ids, ["generated"] * count)
         return path
@@ -279,28 +285,29 @@ def open_run(
         ConfigError: If something is missing or contradicts what is known.
     """
     folder = Path(path)
+    if loss is not None:
+        check_choice("loss", loss, LossName)
     if (folder / "config.yaml").exists():
         return _known_run(folder, data, data_settings, out, loss, allow_pickle)
-    checkpoints = list_checkpoints(folder)  # raises, saying what is accepted
-    record = folder / "record" / "manifest.json"
-    recorded = json.loads(record.read_text()) if record.exists() else None
+    list_checkpoints(folder)  # raises, saying what is accepted
+    recorded = _recorded_loss(folder)
     if data is None:
         raise ConfigError(f"{folder} does not say what it was trained on; give the training images with --data.")
     if out is None and recorded is None:
         raise ConfigError(
             f"{folder} was not made by whence, so it is left as it is; say with --out where scores shall go."
         )
-    if recorded and loss and loss != recorded["loss"]:
-        raise ConfigError(f"{folder} was trained with the loss {recorded['loss']}, by its record; leave --loss out.")
+    if recorded and loss and loss != recorded:
+        raise ConfigError(f"{folder} was trained with the loss {recorded}, by its record; leave --loss out.")
     run = Run(
         Path(out) if out else folder,
         data,
         data_settings or DataSettings(),
         folder,
-        recorded["loss"] if recorded else loss or "mse",
+        recorded or loss or "mse",
         allow_pickle,
     )
-    assert checkpoints
+    _check_config(run)
     _write_config(run)
     return run
 
@@ -332,8 +339,17 @@ def train_run(
     settings = settings or TrainingSettings()
     run = Run(Path(folder), data, data_settings or DataSettings(), Path(folder), settings.loss)
     images = run.train_images  # opened first, so that nothing is written where the images are at fault
-    _write_config(run)
-    train(run.folder, images, model_settings or ModelSettings(), settings, device=device, show_progress=show_progress)
+    _check_config(run)
+    train(
+        run.folder,
+        images,
+        model_settings or ModelSettings(),
+        settings,
+        device=device,
+        show_progress=show_progress,
+        # Only now is it known that the settings can be met, and are those of a record that is there already.
+        on_start=lambda: _write_config(run),
+    )
     return run
 
 
@@ -367,38 +383,62 @@ def _known_run(
 ) -> Run:
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text())
-        run = Run(
-            folder,
-            config["data"]["source"],
-            DataSettings(**config["data"]["settings"]),
-            folder / config["model"],
-            config["loss"],
-            allow_pickle or config["allow_pickle"],
-        )
+        found = config["format_version"]
+        model = folder / config["model"]
+        known = Run(folder, config["data"]["source"], DataSettings(**config["data"]["settings"]), model, config["loss"])
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
         raise ConfigError(f"{folder / 'config.yaml'} is not a configuration of whence: {error!r}.") from error
-    if loss is not None and loss != run.loss:
-        raise ConfigError(f"{folder} has the loss {run.loss}; --loss {loss} contradicts it. Leave it out.")
-    return replace(
-        run,
+    if found != FORMAT_VERSION:
+        raise ConfigError(f"{folder / 'config.yaml'} has format version {found}; this whence reads {FORMAT_VERSION}.")
+    trained_with = _recorded_loss(model) or known.loss
+    if trained_with != (loss or known.loss) or trained_with != known.loss:
+        asked = f"--loss {loss}" if loss else f"config.yaml says {known.loss}, which"
+        raise ConfigError(f"{folder} was trained with the loss {trained_with}; {asked} contradicts it. Leave it out.")
+    run = replace(
+        known,
         folder=Path(out) if out else folder,
-        data_source=data or run.data_source,
-        data_settings=data_settings or run.data_settings,
+        data_source=data or known.data_source,
+        data_settings=data_settings or known.data_settings,
+        allow_pickle=allow_pickle,
     )
+    if run.folder != folder:
+        _check_config(run)
+        _write_config(run)
+    return run
 
 
-def _write_config(run: Run) -> None:
-    """Write config.yaml, the same for the same settings."""
-    config = {
+def _recorded_loss(model: Path) -> LossName | None:
+    """Read the loss off a model's record, if there is one."""
+    folder = model / "record"
+    return read_manifest(folder)["loss"] if (folder / "manifest.json").exists() else None
+
+
+def _config_of(run: Run) -> dict[str, Any]:
+    """Give the content of config.yaml, the same for the same settings."""
+    return {
         "format_version": FORMAT_VERSION,
         "whence": version("whence"),
         "model": "." if run.model == run.folder else str(run.model.resolve()),
         "data": {"source": _absolute(run.data_source), "settings": asdict(run.data_settings)},
         "loss": run.loss,
-        "allow_pickle": run.allow_pickle,
     }
+
+
+def _check_config(run: Run) -> None:
+    """Refuse to make something else of a folder that is a run already."""
+    path = run.folder / "config.yaml"
+    if not path.exists():
+        return
+    found, want = yaml.safe_load(path.read_text()), _config_of(run)
+    differ = [k for k in ("model", "data", "loss") if found.get(k) != want[k]]
+    if differ:
+        differences = "; ".join(f"{k} is {found.get(k)!r}, not {want[k]!r}" for k in differ)
+        raise ConfigError(f"{run.folder} is another run: {differences}. Choose another folder; it is left as it is.")
+
+
+def _write_config(run: Run) -> None:
     with publish_file(run.folder / "config.yaml") as partial:
-        partial.write_text(yaml.safe_dump(config, sort_keys=False))
+        partial.write_text(yaml.safe_dump(_config_of(run), sort_keys=False))
 
 
 def _sources(queries: Images) -> list[str | None]:

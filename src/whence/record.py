@@ -4,7 +4,7 @@
     record/parts-<rank>.json                      the parts that count, with checksums; rewritten when a part closes
     record/visits-<rank>-<first>-<last>.parquet   rows of the optimizer steps first..last
     record/probe-<rank>-<step>.parquet            a forward pass that trained nothing, for the replay check
-    record/samples-<rank>-<last>.parquet          ids first seen in that part; row numbers count on from part to part
+    record/samples-<rank>-<kind>-<last>.parquet   ids first seen in that part; row numbers count on from part to part
     record/aside/                                 parts that a resumed run no longer stands on
 
 A part closes at each checkpoint. Steps count from 1: the visits of step s are what turned the weights after s - 1 steps

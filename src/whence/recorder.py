@@ -11,6 +11,7 @@ What it writes is described in ``whence.record`` and ``whence.checkpoints``.
 
 import math
 import platform
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -41,13 +42,15 @@ class Recorder:
         scheduler: The ``diffusers`` noise scheduler of the training.
         optimizer: Its optimizer; the learning rate is read from its first parameter group.
         config: Settings of the training, kept in the manifest: a mapping or a dataclass. ``seed``, ``max_grad_norm``,
-            ``loss`` and ``mixed_precision`` are taken from it where it has them.
+            ``loss`` and ``mixed_precision`` are taken from it where it has them. Entries whose name speaks of a token,
+            secret, password or API key are left out.
         seed: Seed of noise, timesteps and flips. Default: the config's, else 0.
         max_grad_norm: Norm to which gradients are clipped. Default: the config's, else none.
         loss: ``mse`` or ``l1``. Default: the config's, else mse, as in the training scripts of ``diffusers``.
         data_fingerprint: Fingerprint of the training images, so that others cannot be taken for them.
         rank: Number of this process, where several train together.
         resume_from: Step of the checkpoint that training goes on from; parts beyond it are moved aside. 0 starts over.
+        same_config: Also refuse to go on with another ``config``; otherwise only what a replay depends on must agree.
 
     Raises:
         RecordError: If the folder holds a record and ``resume_from`` is not given, or one made with other settings.
@@ -67,12 +70,14 @@ class Recorder:
         data_fingerprint: str | None = None,
         rank: int = 0,
         resume_from: int | None = None,
+        same_config: bool = False,
     ):
         self.folder = Path(folder)
         self.scheduler = scheduler
         self.optimizer = optimizer
         self.process = NoiseProcess.from_scheduler(scheduler)
         self.rank = rank
+        self._same_config = same_config
         settings = _as_dict(config)
         self.seed = int(_first(seed, settings.get("seed"), 0))
         self.max_grad_norm = _first(max_grad_norm, settings.get("max_grad_norm"))
@@ -85,7 +90,7 @@ class Recorder:
             "prediction_type": self.process.prediction_type,
             "scheduler": _describe_scheduler(scheduler),
             "data_fingerprint": data_fingerprint,
-            "config": _plain(settings),
+            "config": _plain(_without_secrets(settings)),
             "versions": _versions(),
         }
         self._lock = filelock.FileLock(self.folder / f".recorder-{rank}.lock", timeout=0)
@@ -189,9 +194,10 @@ class Recorder:
         if not math.isfinite(clip_coefficient):
             raise NumericsError(
                 f"The gradient norm at step {self.last_step + 1} is {float(grad_norm or 0)}, though all losses are "
-                "finite. Lower the learning rate, or train without mixed precision."
+                "finite. Lower the learning rate; if a gradient scaler skipped the step, pass skipped=True."
             )
         self.last_step += 1
+        learning_rate = self._learning_rate()
         num_samples = samples_in_step or sum(len(rows["ids"]) for rows in self._step_rows)
         for rows in self._step_rows:
             self._part_rows.append(
@@ -199,7 +205,7 @@ class Recorder:
                 | _constant(
                     len(rows["ids"]),
                     step=self.last_step,
-                    learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+                    learning_rate=learning_rate,
                     clip_coefficient=clip_coefficient,
                     samples_in_step=num_samples,
                 )
@@ -304,7 +310,7 @@ class Recorder:
                 "a new folder; nothing is overwritten."
             )
         if (folder / "manifest.json").exists():
-            _check_same_settings(folder, read_manifest(folder), self.manifest)
+            _check_same_settings(folder, read_manifest(folder), self.manifest, with_config=self._same_config)
         else:
             write_json(folder / "manifest.json", self.manifest)
         parts = PartWriter(folder, self.rank)
@@ -321,7 +327,7 @@ class Recorder:
         seen = self._occurrences.copy()
         keys = []
         for sample_id in sample_ids:
-            keys.append(noise_key(self.seed, "record", "train", sample_id, step, occurrence=seen[sample_id]))
+            keys.append(visit_key(self.seed, sample_id, step, self.rank, seen[sample_id]))
             seen[sample_id] += 1
         return keys
 
@@ -347,8 +353,22 @@ class Recorder:
         self._open = None
         return rows
 
+    def _learning_rate(self) -> float:
+        rates = sorted({float(group["lr"]) for group in self.optimizer.param_groups})
+        if len(rates) > 1:
+            raise RecordError(
+                "All parameters must have one learning rate; the optimizer's groups have "
+                f"{', '.join(map(str, rates))}. The weight of a visit would not be one number; train with one rate."
+            )
+        return rates[0]
+
     def _clip_coefficient(self, grad_norm: Tensor | float | None) -> float:
         """Repeat what ``torch.nn.utils.clip_grad_norm_`` multiplied the gradients with."""
+        if grad_norm is None and self.max_grad_norm is not None:
+            raise RecordError(
+                f"Gradients are clipped to the norm {self.max_grad_norm}, so step() needs the norm that "
+                "clip_grad_norm_ returned. If you do not clip, make the Recorder with a config without max_grad_norm."
+            )
         if grad_norm is None:
             return 1.0
         if self.max_grad_norm is None:
@@ -364,16 +384,22 @@ class Recorder:
         self._parts.append(columns, [i for rows in passes for i in rows["ids"]], kind)
 
 
+def visit_key(seed: int, sample_id: str, step: int, rank: int, occurrence: int) -> int:
+    """Give the noise key of a visit; a sample that several processes see in one step has another noise in each."""
+    return noise_key(seed, "record", "train", sample_id, step, occurrence=(rank << 16) + occurrence)
+
+
 def flip_where(images: Float[Tensor, "event *shape"], flips: Bool[Tensor, " event"]) -> Float[Tensor, "event *shape"]:
     """Mirror the images left to right where ``flips`` is True."""
     where = flips.to(images.device).view(-1, *(1,) * (images.ndim - 1))
     return torch.where(where, images.flip(-1), images)
 
 
-def _check_same_settings(folder: Path, found: dict[str, Any], want: dict[str, Any]) -> None:
-    """Versions may differ; anything else makes another training."""
+def _check_same_settings(folder: Path, found: dict[str, Any], want: dict[str, Any], *, with_config: bool) -> None:
+    """Versions may differ, and the config of someone else's script; what a replay depends on may not."""
     flat_found, flat_want = _flat(found), _flat(want)
-    keys = [k for k in sorted(flat_found.keys() | flat_want.keys()) if not k.startswith("versions.")]
+    free = ("versions.",) if with_config else ("versions.", "config.")
+    keys = [k for k in sorted(flat_found.keys() | flat_want.keys()) if not k.startswith(free)]
     differences = [
         f"{k} is {flat_found.get(k)!r} in the record, {flat_want.get(k)!r} now"
         for k in keys
@@ -424,6 +450,12 @@ def _describe_scheduler(scheduler: Any) -> dict[str, Any]:
     # Underscored settings are diffusers' own notes; the order of one of them differs from process to process.
     settings = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return {"class": type(scheduler).__name__, "config": _plain(settings)}
+
+
+def _without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: v for k, v in settings.items() if not re.search(r"token|secret|password|api_?key", str(k), re.IGNORECASE)
+    }
 
 
 def _plain(value: Any) -> Any:

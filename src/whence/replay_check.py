@@ -6,7 +6,7 @@ their type. One altered key, flip, weight or image, an exchanged caption or a st
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -15,10 +15,11 @@ from torch import nn
 
 from whence.checkpoints import Checkpoint, check_files, load_model
 from whence.diffusion.adapters import check_model, predict
-from whence.diffusion.noise import drawn_flip, drawn_timestep, noise_key
+from whence.diffusion.noise import drawn_flip, drawn_timestep
 from whence.diffusion.objectives import sample_loss
-from whence.events import make_batch
+from whence.event_table import make_batch
 from whence.record import Record, Visits
+from whence.recorder import visit_key
 from whence.subject import Subject
 from whence.training import autocast
 
@@ -58,20 +59,16 @@ def check_run(subject: Subject, *, device: str = "cpu") -> list[CheckRow]:
     ]
 
 
-def as_table(rows: list[CheckRow]) -> list[dict[str, Any]]:
-    """Give the rows as plain data."""
-    return [asdict(row) for row in rows]
-
-
 def _check_keys(record: Record, num_timesteps: int) -> CheckRow:
     faults = []
     seed, drawn_by_key = record.manifest["seed"], bool(record.visits.flip.any())
     for visits in (record.visits, record.probes):
-        seen: Counter[tuple[int, str]] = Counter()
+        seen: Counter[tuple[int, int, str]] = Counter()
         for i in range(len(visits)):
             sample_id, step = record.sample_ids[visits.sample[i]], int(visits.step[i])
-            key = noise_key(seed, "record", "train", sample_id, step, occurrence=seen[step, sample_id])
-            seen[step, sample_id] += 1
+            rank = int(visits.rank[i])
+            key = visit_key(seed, sample_id, step, rank, seen[rank, step, sample_id])
+            seen[rank, step, sample_id] += 1
             timestep = drawn_timestep(key, num_timesteps)
             if key != visits.noise_key[i] or timestep != visits.model_time[i]:
                 faults.append(f"step {step}, {sample_id}: key or timestep")
@@ -95,8 +92,10 @@ def _replay(subject: Subject, checkpoint: Checkpoint, device: str) -> CheckRow:
     check_model(model)
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         return CheckRow(what, "not checkable", len(visits), "the model has dropout, whose draws are not on record")
-    found = _losses(subject, model.train(), visits, device)
     precision = record.manifest["mixed_precision"]
+    if precision not in TOLERANCE:
+        return CheckRow(what, "not checkable", len(visits), f"mixed precision {precision!r} cannot be replayed")
+    found = _losses(subject, model.train(), visits, device)
     difference = np.abs(found - visits.loss) / np.maximum(np.abs(visits.loss), 1e-3)
     worst = int(np.argmax(difference))
     detail = f"largest relative difference of a loss {difference[worst]:.1e}, allowed {TOLERANCE[precision]:.0e}"

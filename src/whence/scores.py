@@ -70,6 +70,14 @@ class Scores:
     folder: Path | None = field(default=None, compare=False)
     """Where they were loaded from."""
 
+    def __post_init__(self):
+        want = (len(self.query_ids), len(self.train_ids))
+        if self.values.shape != want:
+            raise ScoresError(
+                f"Scores must have one row per query and one column per training sample, {want}; found "
+                f"{self.values.shape}."
+            )
+
     @property
     def notes(self) -> list[str]:
         """What a reader has to know: substitutions, samples without a visit, zero gradients."""

@@ -11,7 +11,7 @@ from whence.data import ImageData
 from whence.diffusion.adapters import check_model
 from whence.diffusion.process import NoiseProcess
 from whence.errors import CheckpointError
-from whence.events import Replays
+from whence.event_table import Replays
 from whence.gradients import GradientSource
 from whence.record import Record
 
@@ -33,6 +33,39 @@ class Subject:
         return NoiseProcess.from_scheduler(load_scheduler(self.checkpoints[-1]))
 
     @cached_property
+    def previous_step(self) -> dict[int, int]:
+        """Step of the checkpoint before each, by the checkpoint's step; 0 before the first."""
+        steps = [c.step for c in self.checkpoints]
+        return dict(zip(steps, [0, *steps], strict=False))
+
+    @cached_property
+    def _hashes(self) -> dict[tuple[int, str], str]:
+        return {}
+
+    def describe(self, checkpoints: Sequence[Checkpoint], settings: TraceSettings) -> dict[str, Any]:
+        """Name all that gradients at some checkpoints depend on."""
+        for c in checkpoints:
+            key = (c.step, settings.weights_name)
+            self._hashes[key] = self._hashes.get(key) or c.content_hash(settings.weights_name)
+        return {
+            "loss": self.loss,
+            "weights_name": settings.weights_name,
+            "parameters": settings.parameters,
+            "dtype": settings.dtype,
+            "process": self.process.content_hash,
+            "checkpoints": [
+                {
+                    "after": self.previous_step[c.step],
+                    "step": c.step,
+                    "sha256": self._hashes[c.step, settings.weights_name],
+                }
+                for c in checkpoints
+            ],
+            "record": self.record.content_hash if self.record else None,
+            "train": {"fingerprint": self.train.fingerprint, "num_images": len(self.train)},
+        }
+
+    @cached_property
     def replays(self) -> Replays | None:
         """The record matched with the images, or None."""
         return Replays(self.record, self.train) if self.record else None
@@ -49,7 +82,15 @@ class Subject:
         )
         check_model(model)
         _check_image_size(model.config, self.train, checkpoint)
-        return GradientSource(model, self.process, self.loss, settings.batch_size, f"checkpoint {checkpoint.step}")
+        return GradientSource(
+            model,
+            self.process,
+            self.loss,
+            settings.batch_size,
+            f"checkpoint {checkpoint.step}",
+            patterns=settings.parameters,
+            memory_gib=settings.query_memory_gib,
+        )
 
 
 def _check_image_size(config: Any, images: ImageData, checkpoint: Checkpoint) -> None:

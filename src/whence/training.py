@@ -5,6 +5,7 @@ checkpoint to the same bytes. The optimizer step over a batch of n samples follo
 """
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -118,6 +119,7 @@ def train(
     *,
     device: str = "cpu",
     show_progress: bool = True,
+    on_start: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
     """Train with a record, or go on with a training that was interrupted.
 
@@ -128,6 +130,7 @@ def train(
         settings: Optimizer, schedule, length, seed.
         device: Torch device.
         show_progress: Show a progress bar.
+        on_start: Called once all settings have been accepted, before the first step.
 
     Returns:
         The last checkpoint.
@@ -145,6 +148,7 @@ def train(
         torch.random.fork_rng(devices=_cuda_devices(device)),
         progress_bar("train", stops[-1], "step", shown=show_progress) as bar,
     ):
+        on_start()
         _seed(settings.seed, device)
         checkpoint = loop.resume()
         bar.update(loop.recorder.last_step)
@@ -194,6 +198,7 @@ class _Loop:
         )
         self.scaler = torch.amp.GradScaler(device, enabled=settings.mixed_precision == "fp16")
         self.ema = _make_ema(model, settings.ema_decay)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
         self.last = _last_checkpoint(folder)
         self.recorder = Recorder(
             folder,
@@ -202,6 +207,7 @@ class _Loop:
             config=asdict(settings) | {"model": asdict(model_settings)},
             data_fingerprint=data.fingerprint,
             resume_from=_step_to_resume(folder, self.last),
+            same_config=True,
         )
 
     def step(self) -> float:
@@ -287,8 +293,10 @@ class _Loop:
     def _rows_of_step(self, step: int) -> Tensor:
         """Cut the epoch's order into batches; the last one holds the rest."""
         epoch, batch = divmod(step - 1, _steps_per_epoch(len(self.data), self.settings))
-        order = torch.from_numpy(keyed_order(self.settings.seed, epoch, len(self.data)))
-        return order[batch * self.settings.batch_size :][: self.settings.batch_size]
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = torch.from_numpy(keyed_order(self.settings.seed, epoch, len(self.data)))
+        return self._order[batch * self.settings.batch_size :][: self.settings.batch_size]
 
 
 def autocast(mixed_precision: str, device: str) -> Any:
@@ -323,7 +331,8 @@ def _rng_states(device: str) -> dict[str, Tensor]:
 def _set_rng_states(states: dict[str, Tensor], device: str) -> None:
     torch.set_rng_state(states["torch"])
     for index in _cuda_devices(device):
-        torch.cuda.set_rng_state(states["cuda"], index)
+        if "cuda" in states:  # not where the training began on a CPU
+            torch.cuda.set_rng_state(states["cuda"], index)
 
 
 def _steps_per_epoch(num_images: int, settings: TrainingSettings) -> int:

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from whence.diffusion.objectives import sample_loss
 from whence.diffusion.process import NoiseProcess, even_timesteps
-from whence.errors import UnsupportedModelError
+from whence.errors import ConfigError, UnsupportedModelError
 
 TIMESTEPS = torch.tensor([0, 1, 499, 998, 999])
 
@@ -99,13 +99,16 @@ def test_losses_are_means_over_the_elements_of_one_sample(batch):
         (1, 999, 1, [500]),
         (1, 49, 1, [25]),
         (1, 3, 3, [1, 2, 3]),
-        (1, 2, 4, [1, 1, 2, 2]),
-        (7, 7, 2, [7, 7]),
     ],
 )
 def test_even_timesteps(first, last, count, want):
     found = even_timesteps(first, last, count)
     assert (found.tolist(), found.dtype) == (want, torch.long)
+
+
+def test_more_timesteps_than_there_are_is_refused():
+    with pytest.raises(ConfigError, match="4 timesteps were asked for; from 1 to 2 there are 2|only 2 timesteps"):
+        even_timesteps(1, 2, 4)
 
 
 def test_even_timesteps_are_even():

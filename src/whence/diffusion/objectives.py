@@ -4,10 +4,13 @@ Every loss is the mean over the elements of one sample, so that its size does no
 mean of it is what ``diffusers`` training scripts minimise.
 """
 
+from typing import get_args
+
 from jaxtyping import Float
 from torch import Tensor
 
 from whence.config import LossName
+from whence.errors import ConfigError
 
 
 def sample_loss(
@@ -22,7 +25,16 @@ def sample_loss(
 
     Returns:
         One loss per event.
+
+    Raises:
+        ConfigError: If the loss is unknown.
     """
     error = prediction - target
-    elements = error.square() if loss == "mse" else error.abs()
+    match loss:
+        case "mse":
+            elements = error.square()
+        case "l1":
+            elements = error.abs()
+        case unknown:
+            raise ConfigError(f"Unknown loss {unknown!r}; known are {', '.join(get_args(LossName))}.")
     return elements.flatten(start_dim=1).mean(dim=1)

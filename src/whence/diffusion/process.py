@@ -6,6 +6,7 @@ r"""The forward noising process of a discrete-time diffusion model.
 predicts (noise, velocity, clean image), its training target is made here and nowhere else.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from whence.config import PredictionType
-from whence.errors import UnsupportedModelError
+from whence.errors import ConfigError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class NoiseProcess:
             )
         signal_power = scheduler.alphas_cumprod.detach().cpu().double()
         return cls(signal_power.sqrt(), (1 - signal_power).sqrt(), prediction_type)
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of everything that a noisy image or a target depends on."""
+        return hashlib.sha256(self.prediction_type.encode() + self.alpha.numpy().tobytes()).hexdigest()
 
     @property
     def num_timesteps(self) -> int:
@@ -91,16 +97,22 @@ class NoiseProcess:
 def even_timesteps(first: int, last: int, count: int) -> Int[Tensor, " timestep"]:
     """Give ``count`` timesteps spread evenly from ``first`` to ``last``, both included.
 
-    They are rounded to integers, halves to the even one. One timestep alone is the middle one. Rounded points may
-    coincide where the range is short; they are kept.
+    They are rounded to integers, halves to the even one. One timestep alone is the middle one.
 
     Returns:
         Timesteps in ascending order.
+
+    Raises:
+        ConfigError: If there are not so many different timesteps.
 
     Example:
         >>> even_timesteps(1, 999, 5).tolist()
         [1, 250, 500, 750, 999]
     """
+    if count > last - first + 1:
+        raise ConfigError(
+            f"There are only {last - first + 1} timesteps from {first} to {last}; {count} were asked for."
+        )
     if count == 1:
         return torch.tensor([(first + last) // 2])
     return torch.linspace(first, last, count, dtype=torch.float64).round().long()

@@ -22,11 +22,14 @@ TracIn paper for diffusion.
 """
 
 
+ReplayedVisits = Literal["last", "all"]
+
+
 @dataclass(frozen=True)
 class Replay:
     """The visits of training itself, in (previous checkpoint, this one], with the noise they had."""
 
-    visits: Literal["last", "all"] = "last"
+    visits: ReplayedVisits = "last"
     """``last``: the last visit carries the whole weight of the interval. ``all``: every visit, each with its own."""
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from whence.data import ImageData
 from whence.diffusion.noise import Side, noise_key, normals_of_keys
 from whence.diffusion.process import NoiseProcess, even_timesteps
-from whence.errors import RecordError
-from whence.methods.frame import Grid, Replay, WeightsRule
+from whence.errors import RecordError, check_choice
+from whence.methods.frame import Grid, Replay, ReplayedVisits, WeightsRule
 from whence.record import Record, Visits
 from whence.recorder import flip_where
 
@@ -139,6 +139,8 @@ class Replays:
         row_of = {sample_id: row for row, sample_id in enumerate(images.ids)}
         self.record = record
         self.num_images = len(images)
+        if not len(record.visits):
+            raise RecordError(f"The record in {record.folder} holds no visits. Restore its parts, or train again.")
         self._row_of_sample = np.array([row_of[i] for i in record.sample_ids], dtype=np.int64)
         cropped = record.visits.crop_top.any() or record.visits.crop_left.any()
         if cropped or record.visits.condition_dropped.any():
@@ -159,6 +161,8 @@ class Replays:
         Returns:
             Events; a sample without a visit has none.
         """
+        check_choice("weights", weights, WeightsRule)
+        check_choice("replay", replay.visits, ReplayedVisits)
         visits = self._between(after, upto)
         table = self.table(visits, self._weights(visits, weights))
         order = np.argsort(table.row, kind="stable")
@@ -193,7 +197,8 @@ class Replays:
 
     def _between(self, after: int, upto: int) -> Visits:
         visits = self.record.visits
-        return visits.where((visits.step > after) & (visits.step <= upto))
+        # A skipped step trained nothing, so its visits explain nothing.
+        return visits.where((visits.step > after) & (visits.step <= upto) & (visits.clip_coefficient > 0))
 
     def _weights(self, visits: Visits, rule: WeightsRule) -> Float64[ndarray, " visit"]:
         if rule == "learning_rate":

@@ -16,7 +16,7 @@ from whence.data import ImageData
 from whence.diffusion.noise import Side, noise_key, normals
 from whence.diffusion.process import NoiseProcess
 from whence.errors import RecordError
-from whence.events import EventTable, Replays, check_same_data, grid_events, make_batch
+from whence.event_table import EventTable, Replays, check_same_data, grid_events, make_batch
 from whence.methods import Grid, Replay
 from whence.methods.frame import WeightsRule
 from whence.record import FORMAT_VERSION, SCHEMA, PartWriter, Record
