@@ -93,7 +93,7 @@ def main() -> None:
     print_table(["ReTrac minus TracIn", *MEASURES], differences)
     columns = ["loss", "seed", "query norm at t = 1, 533, 999"]
     for name in ("TracIn", "ReTrac"):
-        columns += [f"{name}: Spearman of |score| and norm", f"{name}: share of the least noisy phase"]
+        columns += [f"{name}: Spearman of score size and norm", f"{name}: share of the least noisy phase"]
     print_table(columns, reasons)
 
 

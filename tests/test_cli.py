@@ -212,6 +212,7 @@ def test_a_record_that_does_not_match_the_images_is_refused(run, tmp_path, capsy
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--query-memory-gib", "nan"], "query_memory_gib must be above 0"),
         (["--methods", "retrack"], "Unknown method 'retrack'; known are tracin, retrac"),
         (["--draws", "3"], "even number"),
         (["--weights-name", "ema"], "no averaged weights"),
@@ -268,12 +269,89 @@ def test_a_reader_that_goes_away_is_not_an_error(tmp_path, toy_train):
 
 
 def test_fresh_removes_a_demo_and_nothing_else(tmp_path, capsys):
-    from whence.demo import remove_demo
+    from whence.demo import MARKER, remove_demo
     from whence.errors import ConfigError
 
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not a demo"):
         remove_demo(tmp_path)
-    (tmp_path / "config.yaml").write_text("data: {source: demo}\n")
+    (tmp_path / "config.yaml").write_text("data: {source: demo}\n")  # a run of the user's on the demo's images
+    with pytest.raises(ConfigError, match="not a demo"):
+        remove_demo(tmp_path)
+    (tmp_path / MARKER).touch()
     remove_demo(tmp_path)
     assert not tmp_path.exists()
+
+
+def test_a_demo_does_not_go_into_a_folder_of_something_else(run, capsys):
+    assert "not a demo" in fails(capsys, "demo", "--out", run)
+
+
+def test_a_refused_training_leaves_the_runs_configuration(run, images, capsys):
+    before = (run / "config.yaml").read_bytes()
+    assert "loss is 'mse', not 'l1'" in fails(capsys, "train", images, "--out", run, *TRAIN, "--loss", "l1")
+    assert "resolution is None, not 4" in fails(capsys, "train", images, "--out", run, *TRAIN, "--resolution", "4")
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_configuration_that_contradicts_the_record_is_refused(run, images, capsys):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("loss: mse", "loss: l1"))
+    assert "trained with the loss mse; config.yaml says l1" in fails(capsys, "trace", run, "--queries", images, *TRACE)
+
+
+def test_images_and_runs_may_be_moved(run, images, tmp_path, capsys):
+    images.rename(tmp_path / "elsewhere")
+    run.rename(tmp_path / "moved")
+    moved, elsewhere = tmp_path / "moved", tmp_path / "elsewhere"
+    assert "say with --data" in fails(capsys, "trace", moved, "--queries", elsewhere, *TRACE)
+    assert answer(capsys, "trace", moved, "--queries", elsewhere, "--data", elsewhere, *TRACE)["rows"]
+    assert answer(capsys, "report", moved, "--data", elsewhere)["page"]
+    main(["train", str(elsewhere), "--out", str(moved), *TRAIN])  # finished already: nothing to do, and no complaint
+    assert {row["verdict"] for row in answer(capsys, "check", moved)["rows"]} == {"passed"}
+
+
+def test_one_data_setting_does_not_reset_the_others(tmp_path, capsys):
+    large = save_pngs(tmp_path / "large", size=12)
+    main(["train", str(large), "--out", str(tmp_path / "run"), "--resolution", "8", *TRAIN])
+    assert answer(capsys, "trace", tmp_path / "run", "--queries", large, "--max-megapixels", "50", *TRACE)["rows"]
+
+
+def test_a_record_without_its_manifest_is_not_taken_for_none(run, images, capsys):
+    (run / "record" / "manifest.json").unlink()
+    assert "has no manifest.json" in fails(capsys, "trace", run, "--queries", images, *TRACE)
+
+
+def test_a_run_of_ones_own_loop_is_checked_with_its_images(run, images, capsys):
+    (run / "config.yaml").unlink()
+    assert "--data" in fails(capsys, "check", run)
+    assert {row["verdict"] for row in answer(capsys, "check", run, "--data", images)["rows"]} == {"passed"}
+    assert answer(capsys, "self", run, "--data", images)["rows"]
+
+
+def test_damaged_small_files_are_named(run, images, capsys):
+    answer(capsys, "trace", run, "--queries", images, *TRACE)
+    latest = run / "scores" / "latest.json"
+    latest.write_text("{}")
+    assert "latest.json is damaged" in fails(capsys, "report", run)
+    next((run / "scores").glob("retrac-*/manifest.json")).write_text("{}")
+    shown = answer(capsys, "show", run)["rows"]
+    assert any(str(row["value"]).startswith("damaged") for row in shown)
+    (run / "config.yaml").write_text("a: b")
+    assert "not a configuration of whence" in fails(capsys, "trace", run, "--queries", images, *TRACE)
+
+
+def test_a_checkpoint_or_a_file_of_events_that_cannot_be(run, capsys):
+    assert "2 checkpoints" in fails(capsys, "show", run, "--events", "even/0.png", "--checkpoint", "9")
+    assert "--events" in fails(capsys, "show", run, "--npz", "x.npz")
+
+
+def test_names_of_the_package_are_what_they_say():
+    import whence
+    import whence.pipeline
+
+    assert whence.events is whence.pipeline.events and callable(whence.events)
+    for name in whence.__all__:
+        assert getattr(whence, name).__name__ == name
+    with pytest.raises(AttributeError, match="it has DataSettings"):
+        _ = whence.nothing

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 
 
@@ -20,8 +21,16 @@ def sha256_of_file(path: Path) -> str:
 
 
 def sha256_of_json(value: Any) -> str:
-    """Hash a value by its canonical JSON text, as 64 hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """Hash a value by its canonical JSON text, as 64 hex digits; the same when it comes back from a JSON file."""
+    plain = json.loads(json.dumps(value, default=_plain_number))  # keys become text before they are sorted
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _plain_number(value: Any) -> Any:
+    """Turn a numpy scalar, which settings may hold, into the plain one that JSON knows."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def sync(path: Path) -> None:
@@ -113,4 +122,5 @@ def _swap(partial: Path, path: Path, replaced: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON with sorted keys, whole or not at all."""
     with publish_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, default=_plain_number)
+        partial.write_text(text + "\n")

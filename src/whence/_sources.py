@@ -36,6 +36,12 @@ _NAMES: dict[_Kind, tuple[str, ...]] = {
     "label": ("label", "class"),
     "caption": ("text", "caption", "prompt"),
 }
+_HELD: dict[_Kind, str] = {
+    "image": "encoded images",
+    "id": "text or whole numbers",
+    "label": "text or whole numbers",
+    "caption": "text",
+}
 _ACCEPTED = (
     f"Accepted are: a folder of images or one image ({' '.join(IMAGE_SUFFIXES)}); a .parquet file or a folder of them; "
     "a folder written by save_to_disk of Hugging Face datasets; a .safetensors file written by whence; or the words "
@@ -130,7 +136,7 @@ def _read_metadata(metadata: list[Path], images: dict[str, Path], source: str) -
     lines: dict[str, dict[str, Any]] = {}
     for path in sorted(metadata, key=lambda path: len(path.parts)):
         # Not splitlines(), which also splits at separators that may stand inside a caption.
-        for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        for number, text in enumerate(_read_utf8(path).split("\n"), start=1):
             if not text.strip():
                 continue
             try:
@@ -149,6 +155,13 @@ def _read_metadata(metadata: list[Path], images: dict[str, Path], source: str) -
             f"no image: {abbreviate(absent)}; {len(unlisted)} images have no line: {abbreviate(unlisted)}."
         )
     return [lines[path] for path in files]
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} must be text in UTF-8; found {error}. Save it in UTF-8.") from None
 
 
 def _split_of(path: Path, folder: Path) -> str:
@@ -240,8 +253,12 @@ class _ParquetRows:
             self._group, self._start, self._batch = group, self._firsts[group], ()
             self._batches = file.iter_batches(batch_size=32, row_groups=[number], columns=[self._column])
         while row >= self._start + len(self._batch):
-            self._start += len(self._batch)
-            self._batch = next(self._batches).column(0)
+            # Emptied first: after an error the old batch must not pass for the next one.
+            self._start, self._batch = self._start + len(self._batch), ()
+            batch = next(self._batches, None)
+            if batch is None:  # an error before has ended the reading
+                raise DataError("its page cannot be read, or one before it in its row group")
+            self._batch = batch.column(0)
         return self._batch[row - self._start]
 
     def to_pylist(self) -> list[Any]:
@@ -358,7 +375,9 @@ def _class_names(dataset: Any, label_key: str | None) -> Sequence[str] | None:
 # ---- ids and columns
 
 
-def checked_ids(ids: Iterable[Any], source: str) -> tuple[str, ...]:
+def checked_ids(
+    ids: Iterable[Any], source: str, if_repeated: str = "Rename them, or name another id_column."
+) -> tuple[str, ...]:
     """Turn whole numbers into text; refuse ids that could not stand in a list or file, or are not unique."""
     texts = [str(id_) if isinstance(id_, int | np.integer) and not isinstance(id_, bool) else id_ for id_ in ids]
     bad = [id_ for id_ in texts if not isinstance(id_, str) or not id_.isprintable() or not id_]
@@ -370,8 +389,7 @@ def checked_ids(ids: Iterable[Any], source: str) -> tuple[str, ...]:
     repeated = [id_ for id_, count in Counter(texts).items() if count > 1]
     if repeated:
         raise DataError(
-            f"Ids must be unique; {len(repeated)} are repeated in {source}: {abbreviate(repeated)}. Rename them, or "
-            "name another id_column."
+            f"Ids must be unique; {len(repeated)} are repeated in {source}: {abbreviate(repeated)}. {if_repeated}"
         )
     return tuple(map(str, texts))
 
@@ -390,15 +408,28 @@ def _choose_column(
     usable = [name for name, kinds in columns.items() if kind in kinds]
     named = getattr(settings, f"{kind}_column")
     if named is None:
-        return next((name for name in _NAMES[kind] if name in usable), None)
+        chosen = next((name for name in _NAMES[kind] if name in usable), None)
+        _warn_of_unusable(kind, chosen, columns, source)
+        return chosen
     if named not in usable:
-        what = "encoded images" if kind == "image" else "text or whole numbers"
         found = "no such column" if named not in columns else "a column of another type"
         raise DataError(
-            f"{kind}_column={named} must name a column of {what}; {source} has {found}. Columns that can be used: "
+            f"{kind}_column={named} must name a column of {_HELD[kind]}; {source} has {found}. Columns that can be used: "
             f"{', '.join(map(str, usable))}."
         )
     return named
+
+
+def _warn_of_unusable(kind: _Kind, chosen: str | None, columns: Collection[str], source: str) -> None:
+    """Warn where a column has a usual name and a type that cannot be used. A column of images is found by type."""
+    first = next((name for name in _NAMES[kind] if name in columns), None)
+    if first != chosen and kind != "image":
+        instead = f"column {chosen}" if chosen else "row numbers" if kind == "id" else "nothing"
+        warnings.warn(
+            f"Column {first} of {source} is not used as {kind}, because it does not hold {_HELD[kind]}; {instead} is "
+            f"used instead. Convert it, or name another {kind}_column.",
+            stacklevel=7,
+        )
 
 
 def _row_ids(num_rows: int) -> list[str]:

@@ -1,6 +1,7 @@
 """Attribution: from checkpoints, training images and queries to scores on disk, by any of the methods."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -157,7 +158,8 @@ def check_trace_settings(settings: TraceSettings) -> None:
     positive = ["timesteps", "draws", "train_timesteps", "train_draws", "phases"]
     positive += ["batch_size", "block_size", "query_memory_gib"]
     values = {name: getattr(settings, name) for name in positive}
-    faults = [f"{name} must be above 0, found {v}" for name, v in values.items() if v is not None and v <= 0]
+    # Not v <= 0, which NaN is not.
+    faults = [f"{n} must be above 0, found {v}" for n, v in values.items() if v is not None and not 0 < v < math.inf]
     try:
         torch.device(settings.device)
     except RuntimeError:

@@ -4,8 +4,11 @@ Errors that whence raises on purpose end with status 1, a wrong command line wit
 Heavy imports stand inside the commands, so that ``--help`` answers at once.
 """
 
+import io
 import json as jsonlib
+import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +18,7 @@ import tyro
 from tyro.conf import Positional
 
 from whence.config import DataSettings, LossName, ModelSettings, TraceSettings, TrainingSettings
-from whence.errors import WhenceError
+from whence.errors import ConfigError, WhenceError
 
 if TYPE_CHECKING:
     from whence.pipeline import Run
@@ -154,18 +157,27 @@ def self_(
     _print_table(["rank", "train id", scores.method], rows, json)
 
 
-def report(run: Positional[Path], /, *, planted: str | None = None, k: int = 10, json: bool = False) -> None:
+def report(
+    run: Positional[Path],
+    /,
+    *,
+    planted: str | None = None,
+    k: int = 10,
+    data: str | None = None,
+    json: bool = False,
+) -> None:
     """Write a page about what was traced last.
 
     Args:
         run: A run with scores.
         planted: Label of a group of training images, to measure how well it is found for queries of the same label.
         k: Images in each ranking.
+        data: Training images, where they were moved.
         json: Print the path as JSON.
     """
     from whence.pipeline import open_run
 
-    page = open_run(run).report(planted=planted, k=k)
+    page = open_run(run, data=data).report(planted=planted, k=k)
     if planted is None:
         print(jsonlib.dumps({"page": str(page)}) if json else page)
     else:
@@ -230,7 +242,12 @@ def show(
         data: For events: training images, where the run does not know its own.
         data_settings: How images are read. Default: as the run did.
         json: Print as JSON.
+
+    Raises:
+        ConfigError: If ``npz`` is given without events.
     """
+    if npz is not None and not events:
+        raise ConfigError("--npz holds the arrays of events; say of which images with --events.")
     if events:
         from whence.pipeline import open_run
 
@@ -255,6 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "check": check,
         "show": show,
     }
+    warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # ids may hold what a terminal cannot show
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands,
@@ -268,6 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nwhence: stopped; the same command goes on from here.", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         sys.exit(
@@ -276,9 +300,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
 
 
-def _given(settings: DataSettings) -> DataSettings | None:
-    """Tell settings apart from none at all."""
-    return None if settings == DataSettings() else settings
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    print(f"whence: note: {message}", file=sys.stderr)
+
+
+def _given(settings: DataSettings) -> dict[str, Any]:
+    """Keep what differs from the defaults: the rest is as the run did it."""
+    return {name: value for name, value in vars(settings).items() if value != getattr(DataSettings(), name)}
 
 
 def _show_events(
@@ -292,6 +320,7 @@ def _show_events(
 ) -> None:
     import numpy as np
 
+    from whence._files import publish_file
     from whence.methods import METHODS, Method, Replay
 
     declared = METHODS[method]
@@ -307,15 +336,17 @@ def _show_events(
         )
     ]
     if npz is not None:
-        np.savez(npz, **{name: array.numpy() for name, array in vars(batch).items()})
+        with publish_file(npz) as partial, partial.open("wb") as file:
+            np.savez(file, **{name: array.numpy() for name, array in vars(batch).items()})
     _print_table(["train id", "timestep", "noise key", "flip", "loss weight", "weight"], rows, json)
 
 
 def _contents(path: Path) -> list[list[Any]]:
     """Say what lies in a folder."""
     from whence.checkpoints import list_checkpoints
-    from whence.errors import CheckpointError
+    from whence.errors import CheckpointError, ScoresError
     from whence.record import Record
+    from whence.scores import Scores
 
     rows: list[list[Any]] = []
     record_folder = path if (path / "manifest.json").exists() else path / "record"
@@ -337,9 +368,13 @@ def _contents(path: Path) -> list[list[Any]]:
         if not rows:
             raise
     for manifest in sorted((path / "scores").glob("*/manifest.json")):
-        content = jsonlib.loads(manifest.read_text())
-        size = f"{len(content['query_ids'])} queries x {len(content['train_ids'])} training images"
-        rows.append([f"scores {content['method']}", f"{size}, {manifest.parent}"])
+        try:
+            scores = Scores.load(manifest.parent)
+        except ScoresError as error:
+            rows.append(["scores", f"damaged: {error}"])
+            continue
+        size = f"{len(scores.query_ids)} queries x {len(scores.train_ids)} training images"
+        rows.append([f"scores {scores.method}", f"{size}, {scores.folder}"])
     if (path / "report" / "index.html").exists():
         rows.append(["report", str(path / "report" / "index.html")])
     return rows

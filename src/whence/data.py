@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, SupportsIndex, final
 
@@ -36,6 +37,10 @@ from whence.errors import ConfigError, DataError
 FORMAT_VERSION = 1  # of files written by save_arrays
 
 _AS_THEY_ARE = DataSettings()
+_IF_JOINED_TWICE = (
+    "The id of a single file is its name, in a folder its path from there: give the one folder that holds them all, "
+    "rename one, or name an id_column of a table."
+)
 _REPEATED_READS = 8  # items of a data set read twice, to catch random transforms
 
 
@@ -130,22 +135,24 @@ class ImageData:
         return self._read(self._checked([row])[0], Pictures.picture)
 
     def select(self, rows: Sequence[SupportsIndex] | ndarray) -> "ImageData":
-        """Make a data set of some images in the order given; a DataError if a row is given twice.
+        """Make a data set of some images in the order given; a DataError if there are none, or a row is given twice.
 
         Args:
-            rows: Positions in 0..len-1, each at most once.
+            rows: Positions in 0..len-1, at least one, each at most once.
 
         Returns:
             A data set that shares the pixels of this one.
         """
         rows = self._checked(rows)
+        if not rows:
+            raise DataError(f"A selection from {self.source} must have at least one row; found none. Give some rows.")
 
         def take(values: Any) -> Any:
             return None if values is None else tuple(values[row] for row in rows)
 
         return replace(
             self,
-            ids=checked_ids(take(self.ids), self.source),
+            ids=checked_ids(take(self.ids), self.source, "Give each row once."),
             labels=take(self.labels),
             captions=take(self.captions),
             _entries=take(self._entries),
@@ -329,7 +336,7 @@ def concatenate(parts: Sequence[ImageData]) -> ImageData:
     source = " + ".join(part.source for part in parts)
     return replace(
         parts[0],
-        ids=checked_ids([id_ for part in parts for id_ in part.ids], source),
+        ids=checked_ids([id_ for part in parts for id_ in part.ids], source, _IF_JOINED_TWICE),
         labels=join("labels"),
         captions=join("captions"),
         source=source,
@@ -410,7 +417,22 @@ def _check_count(name: str, values: Sequence[str], num_images: int, source: str)
         raise DataError(f"{source} has {num_images} images and {len(values)} {name}; give one for each image.")
 
 
+_SETTING_TYPES = (
+    ("resolution", Integral | None, "a whole number of pixels or None"),
+    ("center_crop", bool, "True or False"),
+    ("grey", bool, "True or False"),
+    ("max_megapixels", Real, "a number"),
+)
+
+
 def _check_settings(settings: DataSettings) -> None:
+    faults = [
+        f"{name} must be {what}; got {value!r}"
+        for name, kind, what in _SETTING_TYPES
+        if not isinstance(value := getattr(settings, name), kind) or (isinstance(value, bool) and kind != bool)
+    ]
+    if faults:
+        raise ConfigError("; ".join(faults) + ".")
     if settings.resolution is not None and settings.resolution < 1:
         raise ConfigError(f"resolution must be at least 1 pixel; got {settings.resolution}.")
     if settings.center_crop and settings.resolution is None:

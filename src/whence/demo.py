@@ -10,8 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from whence.config import DataSettings, LossName, ModelSettings, TraceSettings, TrainingSettings
 from whence.errors import ConfigError
 from whence.pipeline import Run, train_run
@@ -20,6 +18,9 @@ PLANTED = "trouser"
 DATA = DataSettings(resolution=16)
 MODEL = ModelSettings(widths=(32, 64, 64), layers_per_block=1, attention_levels=1)
 TRACE = TraceSettings(timesteps=16, draws=4)
+MARKER = ".whence-demo"
+"""A file that tells a demo, which may be removed, from a run of the user's."""
+
 METHODS = ("tracin", "retrac", "pixels", "random")
 
 
@@ -50,6 +51,10 @@ def run_demo(
     """
     if fresh:
         remove_demo(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
+        raise ConfigError(f"{folder} holds something that is not a demo. Give another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
     run = train_run(
         folder,
         "demo",
@@ -78,10 +83,6 @@ def remove_demo(folder: Path) -> None:
     """
     if not folder.exists():
         return
-    try:
-        is_demo = yaml.safe_load((folder / "config.yaml").read_text())["data"]["source"] == "demo"
-    except (OSError, yaml.YAMLError, TypeError, KeyError):
-        is_demo = False
-    if not is_demo:
+    if not (folder / MARKER).exists():
         raise ConfigError(f"{folder} is not a demo of whence, so --fresh does not remove it. Give another --out.")
     shutil.rmtree(folder)

@@ -7,7 +7,7 @@ is.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -22,7 +22,7 @@ from whence.attribution import trace
 from whence.checkpoints import list_checkpoints, load_model, load_scheduler
 from whence.config import DataSettings, LossName, ModelSettings, TraceSettings, TrainingSettings
 from whence.data import ImageData, concatenate, open_images, save_arrays
-from whence.errors import ConfigError, DataError, ScoresError, check_choice
+from whence.errors import ConfigError, DataError, RecordError, ScoresError, check_choice
 from whence.evaluation import retrieval_table
 from whence.event_table import EventBatch, EventTable, Replays, grid_events, make_batch
 from whence.methods import Baseline, GradientPlan, Grid, Method, method_by_name
@@ -44,6 +44,10 @@ Images = str | Path | ImageData | Sequence[str | Path | ImageData]
 """Where images come from: a source, opened images, or several of these."""
 
 
+Methods = str | Method | Baseline | Sequence[str | Method | Baseline]
+"""Methods by name, or declarations of one's own."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A folder with a model's training, or with what was traced from a model that others trained.
@@ -62,13 +66,23 @@ class Run:
     @cached_property
     def train_images(self) -> ImageData:
         """The training images."""
-        return open_images(self.data_source, self.data_settings)
+        try:
+            return open_images(self.data_source, self.data_settings)
+        except DataError as error:
+            if Path(self.data_source).exists() or self.data_source in BUNDLED:
+                raise
+            raise DataError(f"{error} If the images were moved, say with --data where they are now.") from error
 
     @cached_property
     def record(self) -> Record | None:
         """The record of training, or None."""
         folder = self.model / "record"
-        return Record.open(folder) if (folder / "manifest.json").exists() else None
+        if folder.exists() and not (folder / "manifest.json").exists():
+            raise RecordError(
+                f"{folder} has no manifest.json, so what is in it cannot be used. Restore it; or, to trace the model "
+                "as one without a record, move the folder away."
+            )
+        return Record.open(folder) if folder.exists() else None
 
     @cached_property
     def subject(self) -> Subject:
@@ -87,7 +101,7 @@ class Run:
     def trace(
         self,
         queries: Images,
-        methods: Sequence[str | Method | Baseline] = ("tracin", "retrac"),
+        methods: Methods = ("tracin", "retrac"),
         settings: TraceSettings | None = None,
         *,
         show_progress: bool = True,
@@ -107,7 +121,8 @@ class Run:
         """
         settings = replace(settings or TraceSettings(), **changes)
         images = self.open_queries(queries)
-        declared = [method_by_name(m) if isinstance(m, str) else m for m in methods]
+        asked = [methods] if isinstance(methods, str | Method | Baseline) else methods
+        declared = [method_by_name(m) if isinstance(m, str) else m for m in asked]
         scores = trace(self.subject, images, declared, settings, self.folder, show_progress=show_progress)
         write_json(
             self.folder / "scores" / "latest.json",
@@ -165,6 +180,10 @@ class Run:
             table = grid_events(self.train_images, rows, "train", plan.events, process.num_timesteps, seed)
         else:
             replays = Replays(self.record or Record.open(self.model / "record"), self.train_images)
+            if not -len(checkpoints) <= checkpoint < len(checkpoints):
+                raise ConfigError(
+                    f"There are {len(checkpoints)} checkpoints, 0 to {len(checkpoints) - 1}; found {checkpoint}."
+                )
             index = range(len(checkpoints))[checkpoint]
             after = checkpoints[index - 1].step if index else 0
             everything = replays.events(after, checkpoints[index].step, plan.events, "learning_rate")
@@ -176,7 +195,12 @@ class Run:
 
         Returns:
             A file that opens as images, with all its decimals.
+
+        Raises:
+            ConfigError: If ``count`` or ``steps`` is not above 0.
         """
+        if count < 1 or steps < 1:
+            raise ConfigError(f"count and steps must be above 0; found {count} and {steps}.")
         last = self.subject.checkpoints[-1]
         name = f"ddim{steps}-{count}-seed{seed}-step{last.step}-{last.content_hash()[:8]}.safetensors"
         path = self.folder / "generated" / name
@@ -208,14 +232,18 @@ class Run:
         path = self.folder / "scores" / "latest.json"
         if not path.exists():
             raise ScoresError(f"{self.folder} has no scores yet. Make some with `whence trace`.")
-        latest = json.loads(path.read_text())
-        scores = [Scores.load(self.folder / "scores" / name) for name in latest["folders"]]
+        try:
+            latest = json.loads(path.read_text())
+            folders, sources, settings = latest["folders"], latest["queries"], latest["settings"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ScoresError(f"{path} is damaged ({error!r}). Trace again; what is computed is used.") from error
+        scores = [Scores.load(self.folder / "scores" / name) for name in folders]
         if queries is not None:
-            return scores, queries, latest["settings"]
-        if None in latest["queries"]:
+            return scores, queries, settings
+        if None in sources:
             raise ScoresError("The queries were given as opened images, not as files; pass them as queries=....")
         try:
-            return scores, self.open_queries(latest["queries"]), latest["settings"]
+            return scores, self.open_queries(sources), settings
         except DataError as error:
             raise ScoresError(f"The queries of the last trace cannot be opened again: {error}") from error
 
@@ -263,7 +291,7 @@ def open_run(
     path: str | Path,
     *,
     data: str | None = None,
-    data_settings: DataSettings | None = None,
+    data_settings: DataSettings | Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     loss: LossName | None = None,
     allow_pickle: bool = False,
@@ -273,7 +301,7 @@ def open_run(
     Args:
         path: A run of whence, a training output folder of ``diffusers``, a checkpoint, a saved pipeline or model.
         data: Source of the training images. Needed for a foreign model; a run knows its own.
-        data_settings: How they are read. Default: as the run did.
+        data_settings: How they are read, or what is to be changed of how the run did it.
         out: Folder for scores and report of a foreign model.
         loss: Training loss of a foreign model. Default: mse, as in the training scripts of ``diffusers``.
         allow_pickle: Also read ``.bin`` weights.
@@ -302,7 +330,7 @@ def open_run(
     run = Run(
         Path(out) if out else folder,
         data,
-        data_settings or DataSettings(),
+        _changed(DataSettings(), data_settings),
         folder,
         recorded or loss or "mse",
         allow_pickle,
@@ -376,7 +404,7 @@ def events(
 def _known_run(
     folder: Path,
     data: str | None,
-    data_settings: DataSettings | None,
+    data_settings: DataSettings | Mapping[str, Any] | None,
     out: str | Path | None,
     loss: LossName | None,
     allow_pickle: bool,
@@ -386,7 +414,7 @@ def _known_run(
         found = config["format_version"]
         model = folder / config["model"]
         known = Run(folder, config["data"]["source"], DataSettings(**config["data"]["settings"]), model, config["loss"])
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
         raise ConfigError(f"{folder / 'config.yaml'} is not a configuration of whence: {error!r}.") from error
     if found != FORMAT_VERSION:
         raise ConfigError(f"{folder / 'config.yaml'} has format version {found}; this whence reads {FORMAT_VERSION}.")
@@ -398,7 +426,7 @@ def _known_run(
         known,
         folder=Path(out) if out else folder,
         data_source=data or known.data_source,
-        data_settings=data_settings or known.data_settings,
+        data_settings=_changed(known.data_settings, data_settings),
         allow_pickle=allow_pickle,
     )
     if run.folder != folder:
@@ -429,11 +457,27 @@ def _check_config(run: Run) -> None:
     path = run.folder / "config.yaml"
     if not path.exists():
         return
-    found, want = yaml.safe_load(path.read_text()), _config_of(run)
-    differ = [k for k in ("model", "data", "loss") if found.get(k) != want[k]]
-    if differ:
-        differences = "; ".join(f"{k} is {found.get(k)!r}, not {want[k]!r}" for k in differ)
-        raise ConfigError(f"{run.folder} is another run: {differences}. Choose another folder; it is left as it is.")
+    try:
+        found = dict(yaml.safe_load(path.read_text()))
+        found = {"model": found["model"], "loss": found["loss"], **found["data"]["settings"]}
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} is not a configuration of whence. Choose another folder; it is left as it is."
+        ) from error
+    config = _config_of(run)
+    # Not the source: images may be moved, and a record's fingerprint tells whether they are the same.
+    want = {"model": config["model"], "loss": config["loss"], **config["data"]["settings"]}
+    differences = [f"{k} is {found.get(k)!r}, not {v!r}" for k, v in want.items() if found.get(k) != v]
+    if differences:
+        raise ConfigError(
+            f"{run.folder} is another run: {'; '.join(differences)}. Choose another folder; it is left as it is."
+        )
+
+
+def _changed(settings: DataSettings, changes: DataSettings | Mapping[str, Any] | None) -> DataSettings:
+    if changes is None or isinstance(changes, DataSettings):
+        return changes or settings
+    return replace(settings, **changes)
 
 
 def _write_config(run: Run) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -74,6 +74,8 @@ def write_report(
     for one in scores:
         _check_ids(one, "train", one.train_ids, train.ids)
         _check_ids(one, "query", one.query_ids, queries.ids)
+        _check_fingerprint(one, "train", train)
+        _check_fingerprint(one, "queries", queries)
         _check_finite(one)
     html = _render(_assemble(title, scores, train, queries, summary, settings, k))
     with publish_file(path) as partial:
@@ -96,6 +98,18 @@ def _check_ids(scores: Scores, side: str, scored: Sequence[str], given: Sequence
         f"The {side} ids of the {scores.method} scores are not those of the {side} images: {found}. The page would "
         f"show the wrong pictures. Pass the {side} images that were scored, in the same order, or trace again."
     )
+
+
+def _check_fingerprint(scores: Scores, side: Literal["train", "queries"], given: ImageData) -> None:
+    """Refuse images that are not those scored, where the scores tell: scores made elsewhere may not."""
+    want = _dig(scores.details, (side, "fingerprint"))
+    if want is not None and want != given.fingerprint:
+        name = {"train": "training", "queries": "query"}[side]
+        raise ScoresError(
+            f"The {name} images in {given.source} changed since the {scores.method} scores were made: their "
+            f"fingerprint is {given.fingerprint[:12]}…, the scores say {str(want)[:12]}…. The page would show the "
+            "wrong pictures. Restore the images, or trace again."
+        )
 
 
 def _check_finite(scores: Scores) -> None:

@@ -1,6 +1,6 @@
 """Scores: query x train matrices with what made them, on disk and in memory.
 
-    scores/<method>-<hash>/manifest.json        method, plans, weights, checkpoints, ids, checksum; fixed when written
+    scores/<method>-<hash>/manifest.json        method, plans, weights, checkpoints, ids, checksums; fixed when written
     scores/<method>-<hash>/scores.safetensors   the arrays below
 
 Positive means: training on this sample lowers the query's measure (a proponent). This module needs no torch and no
@@ -19,8 +19,8 @@ from numpy import ndarray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from whence._files import publish_folder, sha256_of_file, write_json
-from whence.errors import ScoresError
+from whence._files import publish_folder, sha256_of_file, sha256_of_json, write_json
+from whence.errors import ConfigError, ScoresError
 
 FORMAT_VERSION = 1
 
@@ -93,7 +93,11 @@ class Scores:
 
         Returns:
             Entries in order of rank.
+
+        Raises:
+            ConfigError: If ``k`` is below 1.
         """
+        _check_k(k)
         keys = -self.values[query_row] if proponents else self.values[query_row]
         rows = np.argsort(keys, kind="stable")[:k]
         return [
@@ -103,6 +107,7 @@ class Scores:
 
     def top_rows(self, k: int) -> Int[ndarray, "query k"]:
         """Rows of the ``k`` largest scores of every query, strongest first; ties go to the lower row."""
+        _check_k(k)
         return np.argsort(-self.values, axis=1, kind="stable")[:, :k]
 
     def reliability(self) -> Float[ndarray, " query"] | None:
@@ -121,28 +126,26 @@ class Scores:
             r = (first * second).sum(-1) / np.sqrt((first**2).sum(-1) * (second**2).sum(-1))
             return 2 * r / (1 + r)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write to ``folder``, which appears whole or not at all."""
         arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
-        with publish_folder(folder) as partial:
+        with publish_folder(Path(folder)) as partial:
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial / _FILE)
-            write_json(
-                partial / "manifest.json",
-                {
-                    "format_version": FORMAT_VERSION,
-                    "method": self.method,
-                    "arrays": {name: {"shape": a.shape, "dtype": str(a.dtype)} for name, a in arrays.items()},
-                    "sha256": sha256_of_file(partial / _FILE),
-                    "checkpoint_steps": self.checkpoint_steps,
-                    "phase_timesteps": self.phase_timesteps,
-                    "details": self.details,
-                    "query_ids": self.query_ids,
-                    "train_ids": self.train_ids,
-                },
-            )
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "method": self.method,
+                "arrays": {name: {"shape": a.shape, "dtype": str(a.dtype)} for name, a in arrays.items()},
+                "sha256": sha256_of_file(partial / _FILE),
+                "checkpoint_steps": self.checkpoint_steps,
+                "phase_timesteps": self.phase_timesteps,
+                "details": self.details,
+                "query_ids": self.query_ids,
+                "train_ids": self.train_ids,
+            }
+            write_json(partial / _MANIFEST, manifest | {"manifest_sha256": sha256_of_json(manifest)})
 
     @classmethod
-    def load(cls, folder: Path) -> "Scores":
+    def load(cls, folder: str | Path) -> "Scores":
         """Read scores and check them against their manifest.
 
         Args:
@@ -154,25 +157,10 @@ class Scores:
         Raises:
             ScoresError: If a file is missing or damaged, or the format is newer than this version reads.
         """
+        folder = Path(folder)
+        manifest = _read_manifest(folder)
         try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-        except (OSError, ValueError) as error:
-            raise ScoresError(
-                f"{folder} holds no readable scores ({error}). A folder of scores has a manifest.json and a {_FILE}; "
-                "make them with `whence trace`."
-            ) from error
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise ScoresError(
-                f"{folder} has format version {manifest.get('format_version')}; this version of whence reads "
-                f"{FORMAT_VERSION}. Open it with the version that wrote it, or trace again."
-            )
-        try:
-            found = sha256_of_file(folder / _FILE)
-            if found != manifest["sha256"]:
-                raise ScoresError(
-                    f"{folder / _FILE} is damaged: its SHA-256 is {found[:12]}…, the manifest says "
-                    f"{manifest['sha256'][:12]}…. Delete the folder and trace again."
-                )
+            _check_sha256(folder / _FILE, sha256_of_file(folder / _FILE), manifest["sha256"])
             arrays = load_file(folder / _FILE)
         except (OSError, SafetensorError) as error:
             raise ScoresError(
@@ -190,6 +178,56 @@ class Scores:
         )
 
 
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise ConfigError(f"k must be above 0, found {k}: it is how many training samples to rank.")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ScoresError(
+            f"{folder} holds no readable scores ({error}). A folder of scores has a {_MANIFEST} and a {_FILE}; "
+            "make them with `whence trace`."
+        ) from error
+    missing = [key for key in _KEYS if not isinstance(manifest, dict) or key not in manifest]
+    if "format_version" not in missing and manifest["format_version"] != FORMAT_VERSION:
+        raise ScoresError(
+            f"{folder} has format version {manifest['format_version']}; this version of whence reads "
+            f"{FORMAT_VERSION}. Open it with the version that wrote it, or trace again."
+        )
+    if missing:
+        raise ScoresError(
+            f"{path} is no manifest of scores: it must have {', '.join(_KEYS)}, and lacks {', '.join(missing)}. Delete "
+            "the folder and trace again."
+        )
+    want = manifest.pop("manifest_sha256")
+    _check_sha256(path, sha256_of_json(manifest), want)
+    return manifest
+
+
+def _check_sha256(path: Path, found: str, want: Any) -> None:
+    if found != want:
+        raise ScoresError(
+            f"{path} is damaged: its SHA-256 is {found[:12]}…, the manifest says {str(want)[:12]}…. Delete the folder "
+            "and trace again."
+        )
+
+
+_MANIFEST = "manifest.json"
+_KEYS = (
+    "format_version",
+    "method",
+    "sha256",
+    "checkpoint_steps",
+    "phase_timesteps",
+    "details",
+    "query_ids",
+    "train_ids",
+    "manifest_sha256",
+)
 _FILE = "scores.safetensors"
 _ARRAYS = (
     "values",
