@@ -41,13 +41,15 @@ def explain(run: Run) -> list[str]:
     """Describe gradient norms, and what the scores of both methods owe to them."""
     scores, queries, _ = run.load_scores()
     tracin, retrac = (next(s for s in scores if s.method == name) for name in ("tracin", "retrac"))
+    assert tracin.query_norms is not None and tracin.train_norms is not None  # gradient methods have them
     norms = np.median(tracin.query_norms, axis=(0, 1))
     cells = [f"{norms[0]:.2f}, {norms[len(norms) // 2]:.2f}, {norms[-1]:.2f}"]
     train_norms = np.sqrt(np.mean(tracin.train_norms**2, axis=0))
     planted = np.array(run.train_images.labels) == PLANTED
     asked = np.array(queries.labels) == PLANTED
     for s in (tracin, retrac):
-        follows = stats.spearmanr(np.abs(s.values).mean(axis=0), train_norms).statistic
+        assert s.phases is not None
+        follows = stats.spearmanr(np.abs(s.values).mean(axis=0), train_norms)[0]
         sizes = np.abs(s.phases[asked][:, :, planted]).mean(axis=(0, 2))
         cells += [f"{follows:+.2f}", f"{sizes[0] / sizes.sum():.2f}"]
     return cells

@@ -213,11 +213,40 @@ class TestPickles:
         tiny_model(seed=1).save_pretrained(pickled.model_folder)
         assert same_weights(load_model(pickled), tiny_model(seed=1))
 
-    @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"text"])
-    def test_a_damaged_pickle(self, pickled, damage):
+    @pytest.mark.parametrize(
+        "damage, message",
+        [
+            (lambda b: b[: len(b) // 2], r"\.bin was refused .*: it is damaged, or no pickle of tensors"),
+            (lambda b: b"", r"\.bin cannot be read: it is empty"),
+            (lambda b: b"text", r"\.bin was refused .*: it is damaged, or no pickle of tensors"),
+        ],
+    )
+    def test_a_damaged_pickle(self, pickled, damage, message):
         (path,) = pickled.model_folder.glob("*.bin")
         path.write_bytes(damage(path.read_bytes()))
-        with pytest.raises(CheckpointError, match=r"\.bin (cannot be read|was refused)"):
+        with pytest.raises(CheckpointError, match=message):
+            load_model(pickled, allow_pickle=True)
+
+    def test_a_refusal_does_not_pass_on_the_advice_to_run_code(self, pickled):
+        torch.save({"weight": torch.nn.Linear(1, 1)}, next(pickled.model_folder.glob("*.bin")))
+        with pytest.raises(CheckpointError, match=r"it holds torch.nn.modules.linear.Linear, which is no") as refusal:
+            load_model(pickled, allow_pickle=True)
+        assert "arbitrary code" not in str(refusal.value) and "False" not in str(refusal.value)
+
+    @pytest.mark.parametrize(
+        "content, message",
+        [
+            (
+                {"epoch": 3, "state_dict": {"weight": torch.ones(1)}},
+                "found a dict with the keys epoch, state_dict. Save",
+            ),
+            ({3: torch.ones(1)}, "found a dict with the keys 3. Save the model's"),
+            ([torch.ones(1)], "must hold a dict of tensors by parameter name; found list"),
+        ],
+    )
+    def test_a_pickle_of_something_else(self, pickled, content, message):
+        torch.save(content, next(pickled.model_folder.glob("*.bin")))
+        with pytest.raises(CheckpointError, match=message):
             load_model(pickled, allow_pickle=True)
 
 
@@ -256,6 +285,12 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="checkpoint.json (cannot be read|must hold)"):
             check_files(saved)
 
+    @pytest.mark.parametrize("text", ["{}", '{"sha256": []}'])
+    def test_missing_checksums(self, saved, text):
+        (saved.folder / "checkpoint.json").write_text(text)
+        with pytest.raises(CheckpointError, match="checkpoint.json has no checksums under sha256. It is damaged"):
+            check_files(saved)
+
     def test_missing_weights(self, saved):
         (saved.model_folder / WEIGHTS_FILE).unlink()
         with pytest.raises(CheckpointError, match=f"has a config.json but no weights: expected {WEIGHTS_FILE}"):
@@ -286,6 +321,18 @@ class TestArchitecture:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": name}))
         with pytest.raises(CheckpointError, match=f"names class {name!r}, unknown to diffusers"):
             load_model(saved)
+
+    def test_a_class_that_is_not_a_model(self, saved):
+        (saved.model_folder / "config.json").write_text('{"_class_name": "DDPMScheduler"}')
+        with pytest.raises(
+            CheckpointError, match="config.json must name a class of models; DDPMScheduler of diffusers"
+        ):
+            load_model(saved)
+
+    def test_a_class_that_is_not_a_scheduler(self, saved):
+        (saved.folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "UNet2DModel"}')
+        with pytest.raises(CheckpointError, match="must name a class of schedulers; UNet2DModel of diffusers is not"):
+            load_scheduler(saved)
 
     def test_a_scheduler_that_diffusers_does_not_have(self, saved):
         (saved.folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "NoSuchScheduler"}')

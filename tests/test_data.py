@@ -150,6 +150,12 @@ class TestFolder:
         with pytest.raises(DataError, match="Line 2 of .*must be a JSON object with a file_name"):
             open_images(tmp_path)
 
+    def test_metadata_in_another_encoding(self, tmp_path: Path) -> None:
+        write(tmp_path / "1.png", noise(1))
+        (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "é"}', encoding="latin-1")
+        with pytest.raises(DataError, match=r"metadata\.jsonl must be text in UTF-8; found .* byte 0xe9"):
+            open_images(tmp_path)
+
     def test_metadata_and_images_must_match(self, tmp_path: Path) -> None:
         write(tmp_path / "1.png", noise(1))
         (tmp_path / "metadata.jsonl").write_text('{"file_name": "2.png"}')
@@ -228,9 +234,25 @@ class TestParquet:
         path = write_table(
             tmp_path / "x.parquet", image=image, thumb=image, label=pa.array(["cat"]).dictionary_encode(), text=[1.5]
         )
-        opened = open_images(path)
+        with pytest.warns(
+            UserWarning, match="Column text of .* not used as caption, .* not hold text. Used instead: n"
+        ):
+            opened = open_images(path)
         assert opened.labels == ("cat",)
-        assert opened.captions is None  # numbers are no captions
+        assert opened.captions is None
+
+    @pytest.mark.parametrize(
+        ("more", "instead", "ids"),
+        [({}, "row numbers", ("row-0000000",)), ({"sample_id": ["a"]}, "column sample_id", ("a",))],
+    )
+    def test_column_of_a_usual_name_that_cannot_hold_ids(
+        self, tmp_path: Path, more: dict[str, Any], instead: str, ids: tuple[str, ...]
+    ) -> None:
+        path = write_table(tmp_path / "x.parquet", image=image_column(1), id=[1.5], **more)
+        with pytest.warns(
+            UserWarning, match=f"Column id of .* not used as id, .* text or whole numbers. Used instead: {instead}"
+        ):
+            assert open_images(path).ids == ids
 
     def test_columns_can_be_named(self, tmp_path: Path) -> None:
         path = write_table(
@@ -303,6 +325,21 @@ class TestParquet:
     def test_damaged_file(self, tmp_path: Path, content: bytes) -> None:
         with pytest.raises(DataError, match="no readable table"):
             open_images(write(tmp_path / "x.parquet", content))
+
+    def test_damaged_page(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.parquet"
+        table = pa.table({"id": list(range(80)), "image": [encode(noise(row, 16, 16)) for row in range(80)]})
+        pq.write_table(table, path, compression="NONE", use_dictionary=False, data_page_size=4000, write_batch_size=8)
+        content = bytearray(path.read_bytes())
+        start = content.index(encode(noise(56, 16, 16))) - 40
+        content[start : start + 36] = b"\xff" * 36  # the header of the page that starts with row 56
+        path.write_bytes(bytes(content))
+        with pytest.raises(DataError, match="images of .* cannot be used") as caught:
+            open_images(path)
+        first, *rest = str(caught.value).splitlines()[1:-2]
+        assert "OSError" in first
+        assert len(rest) == 4
+        assert all(line.endswith("a page of its row group cannot be read") for line in rest)
 
     def test_repeated_ids(self, tmp_path: Path) -> None:
         path = write_table(tmp_path / "x.parquet", id=["a", "b", "a"], image=image_column(3))
@@ -822,6 +859,11 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         one(tmp_path, noise(0), DataSettings(center_crop=True))
     with pytest.raises(ConfigError, match="resolution must be at least 1 pixel; got 0"):
         one(tmp_path, noise(0), DataSettings(resolution=0))
+    settings = DataSettings()
+    for name, value in {"resolution": "x", "grey": "no", "max_megapixels": None}.items():
+        object.__setattr__(settings, name, value)  # the type checks of tests are not on in use
+    with pytest.raises(ConfigError, match=r"resolution must be .* or None; got 'x'; grey must .*; max_megapixels must"):
+        one(tmp_path, noise(0), settings)
 
 
 # ---- images that cannot be used
@@ -952,7 +994,8 @@ class TestRows:
 
     def test_no_rows(self, small: ImageData) -> None:
         assert small.pixels([]).shape == (0, 3, 6, 6)
-        assert small.select([]).pixels([]).shape == (0, 3, 6, 6)
+        with pytest.raises(DataError, match="A selection from list must have at least one row; found none"):
+            small.select([])
 
 
 class TestSelectAndConcatenate:
@@ -977,8 +1020,14 @@ class TestSelectAndConcatenate:
     def test_repeated_ids(self, small: ImageData) -> None:
         with pytest.raises(DataError, match=r"Ids must be unique; 1 are repeated in list \+ list: a"):
             concatenate([small, small.select([0])])
-        with pytest.raises(DataError, match="Ids must be unique; 1 are repeated in list: b"):
+        with pytest.raises(DataError, match="Ids must be unique; 1 are repeated in list: b. Give each row once"):
             small.select([1, 1])
+
+    def test_single_files_of_one_name(self, tmp_path: Path) -> None:
+        parts = [open_images(write(tmp_path / folder / "i0.png", noise(0))) for folder in "AQ"]
+        with pytest.raises(DataError, match=r"repeated in .*: i0\.png\. .*give the one folder that holds them all"):
+            concatenate(parts)
+        assert open_images(tmp_path).ids == ("A/i0.png", "Q/i0.png")
 
     def test_sizes(self, small: ImageData) -> None:
         other = ImageData.from_arrays(np.zeros((1, 1, 6, 6)), ["x"])

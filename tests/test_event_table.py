@@ -153,7 +153,9 @@ VISITS = [
 
 def write_record(folder: Path, *, fingerprint: str | None = None, **changes: Any) -> Record:
     folder.mkdir()
-    write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, "data_fingerprint": fingerprint})
+    manifest = {"seed": 0, "loss": "mse", "mixed_precision": "no", "prediction_type": "epsilon", "config": {}}
+    manifest |= {"format_version": FORMAT_VERSION, "data_fingerprint": fingerprint}
+    write_json(folder / "manifest.json", manifest)
     columns = dict(
         zip(
             (

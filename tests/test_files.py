@@ -31,6 +31,21 @@ def test_hashes_are_sha256(tmp_path):
     assert sha256_of_json({"a": 1}) != sha256_of_json({"a": "1"})
 
 
+def test_numpy_scalars_are_written_and_hashed_as_plain_ones(tmp_path):
+    value = {"seed": np.int64(4), "rate": np.float32(1), "flip": np.bool_(True)}
+    write_json(tmp_path / "x.json", value)
+    assert json.loads((tmp_path / "x.json").read_text()) == {"seed": 4, "rate": 1.0, "flip": True}
+    assert sha256_of_json(value) == sha256_of_json({"seed": 4, "rate": 1.0, "flip": True})
+    with pytest.raises(TypeError, match="type set is not JSON serializable"):
+        sha256_of_json({"a": {1}})
+
+
+def test_a_hash_survives_the_way_through_a_file(tmp_path):
+    value = {"steps": {2: 0.1, 10: (1, 2)}}  # numbers sort otherwise than their text
+    write_json(tmp_path / "x.json", value)
+    assert sha256_of_json(json.loads((tmp_path / "x.json").read_text())) == sha256_of_json(value)
+
+
 def test_a_file_appears_when_its_block_ends(tmp_path):
     target = tmp_path / "new" / "file.txt"
     with publish_file(target) as partial:

@@ -37,6 +37,7 @@ LAYER_OF = {
     # stages: loops that turn one artifact into the next
     "training": "stages",
     "recorder": "stages",
+    "_recorder_checks": "stages",
     "sampling": "stages",
     "replay_check": "stages",
     "subject": "stages",

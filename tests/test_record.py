@@ -11,7 +11,15 @@ from whence import record as record_module
 from whence.errors import RecordError
 from whence.record import SCHEMA, PartWriter, Record, Visits
 
-MANIFEST = {"format_version": 1, "seed": 0, "data_fingerprint": None}
+MANIFEST = {
+    "format_version": 1,
+    "seed": 0,
+    "loss": "mse",
+    "mixed_precision": "no",
+    "prediction_type": "epsilon",
+    "data_fingerprint": None,
+    "config": {},
+}
 
 
 def columns(step, num_visits, **changed):
@@ -206,6 +214,33 @@ def test_json_of_another_form_is_named(folder, name):
     (folder / name).write_text('"text"')
     with pytest.raises(RecordError, match=f"{name} .*form"):
         Record.open(folder)
+
+
+@pytest.mark.parametrize("part", ["{}", "3", '{"kind": "visits", "first_step": 1, "last_step": 1, "rows": {}}'])
+def test_a_part_without_its_keys_is_named(folder, part):
+    (folder / "parts-0.json").write_text(f"[{part}]")
+    for open_it in (Record.open, PartWriter):
+        with pytest.raises(RecordError, match="parts-0.json: entry 0 does not describe a part of a record"):
+            open_it(folder)
+
+
+def test_parts_without_checksums_are_named(folder):
+    parts = json.loads((folder / "parts-0.json").read_text())
+    del parts[1]["rows"]["sha256"]
+    (folder / "parts-0.json").write_text(json.dumps(parts))
+    with pytest.raises(RecordError, match="parts-0.json: entry 1 does not describe"):
+        Record.open(folder)
+
+
+def test_a_manifest_without_its_keys_is_named(folder):
+    (folder / "manifest.json").write_text(json.dumps({k: v for k, v in MANIFEST.items() if k not in ("seed", "loss")}))
+    with pytest.raises(RecordError, match="manifest.json lacks seed, loss. The record is damaged"):
+        Record.open(folder)
+
+
+def test_a_record_opens_by_a_text_too(folder):
+    record = Record.open(str(folder))
+    assert len(record.visits) == 6 and record.content_hash == Record.open(folder).content_hash
 
 
 def test_no_record_is_told_with_what_to_do(tmp_path):

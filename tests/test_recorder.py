@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import filelock
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -57,6 +58,12 @@ def flat_gradient(model):
 def recorder(tmp_path):
     with make_recorder(tmp_path / "run") as made:
         yield made
+
+
+@pytest.fixture
+def as_in_use(monkeypatch):
+    """Annotations unchecked, as they are outside of the tests: otherwise they refuse before the recorder does."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module")
@@ -478,6 +485,109 @@ class TestRefusals:
 
         with pytest.raises(UnsupportedModelError, match="flow matching"):
             make_recorder(tmp_path, scheduler=FlowMatchEulerDiscreteScheduler())
+
+
+@pytest.mark.usefixtures("as_in_use")
+class TestRefusalsAtOnce:
+    """What could not be written at the next checkpoint is refused when it is given, and nothing is lost."""
+
+    @pytest.mark.parametrize(
+        "weights, message",
+        [
+            (torch.ones(3), r"loss_weight must have shape \(2,\), one row per sample; found \(3,\)"),
+            (torch.tensor(1.0), r"loss_weight must have shape \(2,\).*; found \(\)"),
+            (torch.tensor([1.0, float("nan")]), "loss_weight must be finite; found nan"),
+            ("heavy", r"loss_weight must be a tensor of shape \(2,\); found 'heavy'"),
+        ],
+    )
+    def test_weights_of_losses(self, recorder, weights, message):
+        recorder.draw(["a", "b"], like=torch.zeros(2, 1, 4, 4))
+        with pytest.raises(RecordError, match=message):
+            recorder.step(torch.ones(2), loss_weight=weights)
+        recorder.step(torch.ones(2), loss_weight=torch.ones(2))
+        recorder.close_part()
+        assert len(Record.open(recorder.folder / "record").visits) == 2
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (
+                {"crops": [[-1, 0], [0, 0]]},
+                "crops must be whole numbers of pixels, 0 to 65535; found torch.int64 from -1",
+            ),
+            ({"crops": [[0, 0], [70000, 0]]}, "crops must be whole numbers .* to 70000. Give top and left"),
+            ({"crops": torch.zeros(2, 2)}, "crops must be whole numbers .*; found torch.float32"),
+            ({"crops": torch.zeros(2, dtype=torch.long)}, r"crops must have shape \(2, 2\), .*; found \(2,\)"),
+            ({"crops": [[1, 2], [3]]}, r"crops must be a tensor of shape \(2, 2\); found \[\[1, 2\], \[3\]\]"),
+            ({"condition_dropped": [True]}, r"condition_dropped must have shape \(2,\), .*; found \(1,\)"),
+            ({"condition_dropped": torch.ones(2)}, "condition_dropped must be True or False .*; found torch.float32"),
+            (
+                {"like": torch.zeros(2, 1, 4, 4, dtype=torch.uint8)},
+                "like must be a tensor of floating.*found torch.uint8",
+            ),
+            ({"like": np.zeros((2, 1, 4, 4))}, "like must be a tensor of floating-point .*; found ndarray"),
+        ],
+    )
+    def test_what_was_done_to_the_batch(self, recorder, options, message):
+        with pytest.raises(RecordError, match=message):
+            recorder.draw(["a", "b"], **{"like": torch.zeros(2, 1, 4, 4)} | options)
+        take_step(recorder, ["a", "b"])
+        recorder.close_part()
+
+    @pytest.mark.parametrize("call", ["draw", "flip"])
+    @pytest.mark.parametrize(
+        "ids, message",
+        [
+            ("ab", "ids must be a list, tensor or array with one id per image; found 'ab'"),
+            (b"ab", "ids must be a list, .*; found b'ab'"),
+            (7, "ids must be a list, .*; found 7"),
+            ([["a"], ["b"]], r"Ids must be whole numbers or non-empty printable text .* 2 others: \['a'\], \['b'\]"),
+            (torch.zeros(2, 1, dtype=torch.long), r"2 others: \[0\], \[0\]"),
+            (torch.zeros(2), "2 others: 0.0, 0.0. Give each image the id that it has"),
+            (["a", b"b"], "1 others: b'b'"),
+            (["a", ""], "1 others: ''"),
+            (["a", "b\n"], r"1 others: 'b\\n'"),
+            (["a", None], "1 others: None"),
+            (["a", True], "1 others: True"),
+            ([], "needs one id per image; found 0 ids and 2 images"),
+        ],
+    )
+    def test_ids(self, recorder, call, ids, message):
+        with pytest.raises(RecordError, match=message):
+            getattr(recorder, call)(ids, torch.zeros(2, 1, 4, 4))
+
+    @pytest.mark.parametrize("call", ["draw", "flip"])
+    def test_an_empty_batch(self, recorder, call):
+        with pytest.raises(RecordError, match=rf"{call}\(\) needs at least one image; found an empty batch"):
+            getattr(recorder, call)([], torch.zeros(0, 1, 4, 4))
+
+    def test_ids_may_be_scalars_of_torch_and_numpy(self, recorder):
+        take_step(recorder, [torch.tensor(7), np.int64(8), np.str_("nine")])
+        recorder.close_part()
+        assert Record.open(recorder.folder / "record").sample_ids == ("7", "8", "nine")
+
+    @pytest.mark.parametrize("count", [0, -1, 2**32, 1.5])
+    def test_samples_in_a_step(self, recorder, count):
+        with pytest.raises(RecordError, match=f"samples_in_step must be a whole number from 1 to .*; found {count}"):
+            take_step(recorder, ["a"], samples_in_step=count)
+
+    @pytest.mark.parametrize(
+        "changed, message",
+        [
+            ({"config": {"mixed_precision": "fp8"}}, "Unknown mixed_precision 'fp8'; known are no, bf16, fp16"),
+            ({"config": {"max_grad_norm": "x"}}, "max_grad_norm must be a finite number above 0; found 'x'"),
+            ({"max_grad_norm": float("nan")}, "max_grad_norm must be a finite number above 0; found nan"),
+            ({"max_grad_norm": -1.0}, "max_grad_norm must be .*; found -1.0. If you do not clip, give None"),
+            ({"optimizer": None}, "optimizer must be the torch optimizer of the training, .*; found NoneType"),
+            ({"optimizer": 3}, "optimizer must be the torch optimizer .*; found int"),
+            ({"config": {"seed": "x"}}, "seed must be a whole number from .*; found 'x'"),
+            ({"rank": -1}, "rank must be a whole number from 0 to 65535; found -1"),
+        ],
+    )
+    def test_settings(self, tmp_path, changed, message):
+        with pytest.raises(RecordError, match=message):
+            make_recorder(tmp_path / "run", **changed)
+        assert not (tmp_path / "run").exists()
 
 
 class TestConfig:

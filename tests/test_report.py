@@ -378,6 +378,19 @@ class TestRefusals:
             render(tmp_path, [scores], train, queries.select([0, 1]))
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize(("side", "name"), [("train", "training"), ("queries", "query")])
+    def test_images_that_changed_under_the_same_ids(
+        self, tmp_path: Path, train: ImageData, queries: ImageData, side: str, name: str
+    ):
+        details = {"train": {"fingerprint": train.fingerprint}, "queries": {"fingerprint": queries.fingerprint}}
+        render(tmp_path / "same", [make_scores(train, queries, details=details)], train, queries)
+        changed = make_scores(train, queries, details=details | {side: {"fingerprint": "ab" * 32}})
+        with pytest.raises(
+            ScoresError,
+            match=rf"{name} images in memory changed since the TracIn scores .* abababababab….*Restore .*trace again",
+        ):
+            render(tmp_path / "new", [changed], train, queries)
+
     def test_no_scores(self, tmp_path: Path, train: ImageData, queries: ImageData):
         with pytest.raises(ScoresError, match="no scores to report"):
             render(tmp_path, [], train, queries)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from whence.errors import ScoresError
+from whence.errors import ConfigError, ScoresError
 from whence.scores import Scores
 
 
@@ -47,6 +47,14 @@ def test_top_ranks_proponents_and_opponents():
     np.testing.assert_array_equal(scores.top_rows(2), [[2, 0], [3, 0]])
 
 
+@pytest.mark.parametrize("k", [0, -1])
+def test_a_ranking_has_at_least_one_place(k):
+    with pytest.raises(ConfigError, match=f"k must be above 0, found {k}"):
+        make_scores().top(0, k)
+    with pytest.raises(ConfigError, match=f"k must be above 0, found {k}"):
+        make_scores().top_rows(k)
+
+
 @given(arrays(np.float64, (1, 7), elements=st.floats(-5, 5)))
 @settings(deadline=None, max_examples=30)
 def test_top_is_in_order_whatever_the_scores(values):
@@ -61,6 +69,7 @@ def test_reliability_is_the_stepped_up_correlation_of_the_halves():
     halves = rng.normal(size=(2, 3, 40)) + rng.normal(size=(1, 3, 40))
     halves[:, 2] = 1.0
     found = bare_scores(halves.mean(0), halves=halves).reliability()
+    assert found is not None
     for query in range(2):
         r = np.corrcoef(halves[0, query], halves[1, query])[0, 1]
         assert found[query] == pytest.approx(2 * r / (1 + r))
@@ -79,6 +88,16 @@ def test_scores_come_back_as_they_were_written(tmp_path):
         elif name != "folder":
             assert getattr(back, name) == value
     assert back.train_weights is None and back.notes == ["a note"] and back.folder == tmp_path / "retrac-1"
+
+
+def test_a_folder_may_be_given_as_text(tmp_path):
+    make_scores().save(str(tmp_path / "x"))
+    assert Scores.load(str(tmp_path / "x")).folder == tmp_path / "x"
+
+
+def test_details_may_hold_numpy_scalars_and_numbers_as_keys(tmp_path):
+    make_scores(details={"seed": np.int64(3), "rates": {2: np.float32(1), 10: 0.1}}).save(tmp_path / "x")
+    assert Scores.load(tmp_path / "x").details == {"seed": 3, "rates": {"2": 1.0, "10": 0.1}}
 
 
 def test_the_same_scores_are_the_same_bytes(tmp_path):
@@ -105,6 +124,24 @@ def test_a_missing_file_or_manifest_is_named(tmp_path):
     (tmp_path / "x" / "scores.safetensors").unlink()
     with pytest.raises(ScoresError, match="cannot be read"):
         Scores.load(tmp_path / "x")
+
+
+def test_a_changed_manifest_is_named(tmp_path):
+    make_scores().save(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"q1"', '"q2"'))
+    with pytest.raises(ScoresError, match=r"manifest\.json is damaged: its SHA-256 is .*trace again"):
+        Scores.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '"format_version"', '{"format_version": 1, "method": "x"}'])
+def test_a_manifest_of_something_else_is_named(tmp_path, text):
+    make_scores().save(tmp_path)
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(
+        ScoresError, match=r"manifest\.json is no manifest of scores: .* lacks .*sha256, checkpoint_steps"
+    ):
+        Scores.load(tmp_path)
 
 
 def test_a_newer_format_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Training: what it does, that it can be repeated and resumed to the same bytes, and what it refuses."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -18,7 +19,7 @@ from whence.data import ImageData
 from whence.diffusion.noise import drawn_flip, keyed_order, noise_key, normals
 from whence.errors import ConfigError, RecordError
 from whence.record import Record
-from whence.training import checkpoint_steps, make_model, make_scheduler, train
+from whence.training import check_device, checkpoint_steps, make_model, make_scheduler, train
 
 MODEL = replace(TOY_MODEL, widths=(4, 4), attention_levels=0, norm_groups=2)
 # Every feature that has a state of its own, so that a resume has to fetch them all.
@@ -250,8 +251,15 @@ class TestRefusals:
             ({"epochs": 0}, "epochs must be above 0, found 0"),
             ({"batch_size": -1}, "batch_size must be above 0, found -1"),
             ({"checkpoints": 0}, "checkpoints must be above 0"),
-            ({"learning_rate": 0.0}, "learning_rate must be above 0"),
-            ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),
+            ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, found 0.0"),
+            ({"learning_rate": float("nan")}, "learning_rate must be above 0 and finite, found nan"),
+            ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0 and finite, found 0.0"),
+            ({"max_grad_norm": float("inf")}, "max_grad_norm must be above 0 and finite, found inf"),
+            ({"adam_beta1": 1.0}, "adam_beta1 must be at least 0 and below 1, found 1.0"),
+            ({"adam_beta2": -0.1}, "adam_beta2 must be at least 0 and below 1, found -0.1"),
+            ({"weight_decay": float("nan")}, "weight_decay must be finite and not negative, found nan"),
+            ({"weight_decay": -1.0}, "weight_decay must be finite and not negative, found -1.0"),
+            ({"seed": 2**63}, r"seed must be from -2\^63 to 2\^63 - 1, found 9223372036854775808"),
             ({"warmup_steps": -1}, "warmup_steps must not be negative, found -1"),
             ({"micro_batch_size": 0}, "micro_batch_size must be 1 to batch_size = 4, found 0"),
             ({"micro_batch_size": 5}, "micro_batch_size must be 1 to batch_size = 4, found 5"),
@@ -279,14 +287,53 @@ class TestRefusals:
         "changed, message",
         [
             ({"widths": (4, 4, 4, 4, 4)}, "must be multiples of 16; found 8 x 8 pixels"),
-            ({"widths": (4, 6), "norm_groups": 4}, r"Each width in \(4, 6\) must be a multiple of norm_groups = 4"),
+            ({"widths": (4, 6), "norm_groups": 4}, r"each width in \(4, 6\) must be a multiple of norm_groups = 4"),
             ({"widths": (8, 4), "attention_levels": 1}, r"with attention must be a multiple of 8.*; found \(4,\)"),
             ({"attention_levels": 3}, "attention_levels must be 0 to 2, the number of widths; found 3"),
+            ({"norm_groups": 0}, "^norm_groups must be above 0, found 0.$"),
+            ({"widths": ()}, r"^widths must be one or more numbers of channels above 0, found \(\).$"),
+            ({"widths": (4, 0)}, r"^widths must be .* above 0, found \(4, 0\).$"),
+            ({"widths": (-4,)}, r"^widths must be .* above 0, found \(-4,\).$"),
+            ({"layers_per_block": 0}, "layers_per_block must be above 0, found 0"),
+            ({"dropout": 1.0}, "dropout must be at least 0 and below 1, found 1.0"),
+            ({"dropout": float("nan")}, "dropout must be at least 0 and below 1, found nan"),
+            ({"train_timesteps": 1}, "needs at least 2 timesteps, found 1"),
         ],
     )
     def test_models_that_cannot_be_made(self, tmp_path, toy_train, changed, message):
         with pytest.raises(ConfigError, match=message):
-            quick_train(tmp_path, toy_train, replace(MODEL, **changed))
+            quick_train(tmp_path / "run", toy_train, replace(MODEL, **changed))
+        assert not (tmp_path / "run").exists()
+
+    def test_all_faults_are_told_at_once(self, tmp_path, toy_train):
+        with pytest.raises(ConfigError, match="^dropout .*; norm_groups .*; epochs .*; Device 'foo'"):
+            train(
+                tmp_path / "run",
+                toy_train,
+                replace(MODEL, norm_groups=0, dropout=2.0),
+                replace(TOY_TRAINING, epochs=0),
+                device="foo",
+            )
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
+    def test_a_device_that_is_not_there(self, tmp_path, toy_train, device):
+        with pytest.raises(ConfigError, match=f"Device '{device}' cannot be used: .* Give cpu, or a device of this"):
+            train(tmp_path / "run", toy_train, MODEL, TOY_TRAINING, device=device)
+        assert not (tmp_path / "run").exists()
+        check_device("cpu")
+
+    @pytest.mark.parametrize("name", ["notes", "notes/run"])
+    def test_a_file_in_the_place_of_the_folder(self, tmp_path, toy_train, name):
+        (tmp_path / "notes").write_text("mine")
+        with pytest.raises(ConfigError, match="^--out must be a folder; .*notes is a file.$"):
+            quick_train(tmp_path / name, toy_train)
+        assert (tmp_path / "notes").read_text() == "mine"
+
+    def test_a_folder_whose_name_is_not_utf_8(self, tmp_path, toy_train):
+        run = tmp_path / os.fsdecode(b"out\xff")
+        quick_train(run, toy_train, MODEL, replace(TOY_TRAINING, epochs=2))
+        assert len(Record.open(run / "record").visits) == 20
 
     def test_images_whose_sides_cannot_be_halved(self, tmp_path):
         data = ImageData.from_arrays(np.zeros((2, 3, 8, 7), np.float32), ["a", "b"])

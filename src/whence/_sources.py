@@ -219,7 +219,8 @@ def _open_table(
 ) -> Found:
     """Open a table whose columns have ``len``, an Arrow value by ``[row]``, and ``to_pylist``."""
     kinds = {field.name: _kinds_of(field.type) for field in schema}
-    names = {kind: _choose_column(kind, settings, kinds, source) for kind in _NAMES}
+    names: dict[_Kind, str | None] = {kind: _choose_column(kind, settings, kinds, source) for kind in _NAMES}
+    _warn_of_unusable(names, kinds, settings, source)
     encoded = _Encoded(column(names["image"] or _only_image_column(schema, source)), folder)
     ids = column(names["id"]).to_pylist() if names["id"] else _row_ids(len(encoded))
     labels = captions = None
@@ -257,7 +258,7 @@ class _ParquetRows:
             self._start, self._batch = self._start + len(self._batch), ()
             batch = next(self._batches, None)
             if batch is None:  # an error before has ended the reading
-                raise DataError("its page cannot be read, or one before it in its row group")
+                raise DataError("a page of its row group cannot be read")
             self._batch = batch.column(0)
         return self._batch[row - self._start]
 
@@ -408,28 +409,29 @@ def _choose_column(
     usable = [name for name, kinds in columns.items() if kind in kinds]
     named = getattr(settings, f"{kind}_column")
     if named is None:
-        chosen = next((name for name in _NAMES[kind] if name in usable), None)
-        _warn_of_unusable(kind, chosen, columns, source)
-        return chosen
+        return next((name for name in _NAMES[kind] if name in usable), None)
     if named not in usable:
         found = "no such column" if named not in columns else "a column of another type"
         raise DataError(
-            f"{kind}_column={named} must name a column of {_HELD[kind]}; {source} has {found}. Columns that can be used: "
-            f"{', '.join(map(str, usable))}."
+            f"{kind}_column={named} must name a column of {_HELD[kind]}; {source} has {found}. Columns that can be "
+            f"used: {', '.join(map(str, usable))}."
         )
     return named
 
 
-def _warn_of_unusable(kind: _Kind, chosen: str | None, columns: Collection[str], source: str) -> None:
-    """Warn where a column has a usual name and a type that cannot be used. A column of images is found by type."""
-    first = next((name for name in _NAMES[kind] if name in columns), None)
-    if first != chosen and kind != "image":
-        instead = f"column {chosen}" if chosen else "row numbers" if kind == "id" else "nothing"
-        warnings.warn(
-            f"Column {first} of {source} is not used as {kind}, because it does not hold {_HELD[kind]}; {instead} is "
-            f"used instead. Convert it, or name another {kind}_column.",
-            stacklevel=7,
-        )
+def _warn_of_unusable(
+    names: Mapping[_Kind, str | None], columns: Collection[str], settings: DataSettings, source: str
+) -> None:
+    """Warn where a column has a usual name and a type that cannot be used; images are found by type anyway."""
+    for kind in ("id", "label", "caption"):
+        first = next((name for name in _NAMES[kind] if name in columns), None)
+        if getattr(settings, f"{kind}_column") is None and first != names[kind]:
+            instead = f"column {names[kind]}" if names[kind] else "row numbers" if kind == "id" else "nothing"
+            warnings.warn(
+                f"Column {first} of {source} is not used as {kind}, because it does not hold {_HELD[kind]}. Used "
+                f"instead: {instead}. Convert it, or name another {kind}_column.",
+                stacklevel=6,
+            )
 
 
 def _row_ids(num_rows: int) -> list[str]:

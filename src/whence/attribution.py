@@ -1,6 +1,5 @@
 """Attribution: from checkpoints, training images and queries to scores on disk, by any of the methods."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -23,6 +22,7 @@ from whence.methods.frame import ReplayedVisits
 from whence.scores import Scores
 from whence.streaming import StreamingPass, check_method, claim, num_phases
 from whence.subject import Subject
+from whence.training import check_device
 
 SCORING_VERSION = 1
 """Part of every hash of scores; counts up when the same settings give other scores."""
@@ -138,8 +138,7 @@ def load_own_scores(folder: Path, spec: dict[str, Any]) -> Scores:
         ScoresError: If they are damaged, or were made of something else.
     """
     scores = Scores.load(folder)
-    plain = json.loads(json.dumps(spec))
-    others = sorted(k for k in plain if scores.details.get(k) != plain[k])
+    others = sorted(k for k, v in spec.items() if sha256_of_json(scores.details.get(k)) != sha256_of_json(v))
     if others:
         raise ScoresError(f"{folder} was made with another {', '.join(others)}. Delete it and trace again.")
     return scores
@@ -160,12 +159,9 @@ def check_trace_settings(settings: TraceSettings) -> None:
     values = {name: getattr(settings, name) for name in positive}
     # Not v <= 0, which NaN is not.
     faults = [f"{n} must be above 0, found {v}" for n, v in values.items() if v is not None and not 0 < v < math.inf]
-    try:
-        torch.device(settings.device)
-    except RuntimeError:
-        faults.append(f"device must be a torch device such as cpu or cuda:0, found {settings.device!r}")
     if faults:
         raise ConfigError("; ".join(faults) + ".")
+    check_device(settings.device)
 
 
 def _check_methods(methods: Sequence[Method | Baseline], settings: TraceSettings) -> None:

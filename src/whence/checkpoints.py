@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from whence._files import publish_folder, sha256_of_file, sha256_of_json, write_json
 from whence.config import WeightsName
@@ -123,7 +123,13 @@ def check_files(checkpoint: Checkpoint) -> None:
     manifest = checkpoint.folder / "checkpoint.json"
     if not manifest.exists():
         return
-    for name, want in _read_json(manifest)["sha256"].items():
+    checksums = _read_json(manifest).get("sha256")
+    if not isinstance(checksums, dict):
+        raise CheckpointError(
+            f"{manifest} has no checksums under sha256. It is damaged; restore it, or delete {checkpoint.folder} and "
+            "train again."
+        )
+    for name, want in checksums.items():
         path = checkpoint.folder / name
         if not path.exists() or sha256_of_file(path) != want:
             state = "damaged or was altered" if path.exists() else "missing"
@@ -159,7 +165,7 @@ def load_model(
     folder = checkpoint.weights_folder(weights)
     config = _read_config(folder)
     state = _read_weights(folder, allow_pickle)
-    model = _make_from_config(folder / "config.json", config)
+    model = _make_from_config(folder / "config.json", config, "model")
     _check_fits(folder, {k: v.shape for k, v in model.state_dict().items()}, {k: v.shape for k, v in state.items()})
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -180,10 +186,6 @@ _EMA_KEYS = frozenset(
 
 
 def _read_weights(folder: Path, allow_pickle: bool) -> "dict[str, Tensor]":
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     files = sorted(folder.glob("*.safetensors"))
     pickles = sorted(folder.glob("*.bin"))
     if not files and pickles and not allow_pickle:
@@ -195,14 +197,43 @@ def _read_weights(folder: Path, allow_pickle: bool) -> "dict[str, Tensor]":
         raise CheckpointError(f"{folder} has a config.json but no weights: expected {WEIGHTS_FILE}.")
     state: dict[str, Tensor] = {}
     for path in files or pickles:
-        try:
-            state |= load_file(path) if files else torch.load(path, weights_only=True, map_location="cpu")
-        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read: {error}. Restore it or leave this checkpoint out."
-            ) from error
-        except Exception as error:  # unpickling raises whatever the file makes it raise
-            raise CheckpointError(f"{path} was refused by torch.load(weights_only=True): {error}") from error
+        state |= _read_safetensors(path) if files else _read_pickle(path)
+    return state
+
+
+def _read_safetensors(path: Path) -> "dict[str, Tensor]":
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Restore it or leave this checkpoint out.") from error
+
+
+def _read_pickle(path: Path) -> "dict[str, Tensor]":
+    import torch
+
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path} cannot be read: it is empty. Restore it or leave this checkpoint out.")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # unpickling raises whatever the file makes it raise
+        # Not torch's own text, which advises to run whatever code the file holds.
+        held = re.search(r"Unsupported \w+: (?:GLOBAL )?(\S+)", str(error))
+        raise CheckpointError(
+            f"{path} was refused by torch.load(weights_only=True): it "
+            f"{f'holds {held[1]}, which is no tensor' if held else 'is damaged, or no pickle of tensors'}. Save the "
+            "model's state_dict() alone, or leave this checkpoint out."
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} must hold a dict of tensors by parameter name; found {type(state).__name__}.")
+    if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
+        keys = ", ".join(map(str, list(state)[:8])) + (", …" if len(state) > 8 else "")
+        raise CheckpointError(
+            f"{path} must hold tensors by parameter name and nothing else; found a dict with the keys {keys}. Save the "
+            "model's state_dict() alone."
+        )
     return state
 
 
@@ -258,7 +289,7 @@ def load_scheduler(checkpoint: Checkpoint) -> Any:
             "scheduler of the training there: scheduler.save_pretrained(folder / 'scheduler')."
         )
     path = found / "scheduler_config.json"
-    return _make_from_config(path, _read_json(path))
+    return _make_from_config(path, _read_json(path), "scheduler")
 
 
 def save_checkpoint(
@@ -309,7 +340,7 @@ def save_checkpoint(
     return checkpoint
 
 
-def _make_from_config(path: Path, config: dict[str, Any]) -> Any:
+def _make_from_config(path: Path, config: dict[str, Any], kind: Literal["model", "scheduler"]) -> Any:
     """Make a ``diffusers`` object of the class that its configuration names."""
     import diffusers
     import torch
@@ -318,6 +349,8 @@ def _make_from_config(path: Path, config: dict[str, Any]) -> Any:
     made_of = getattr(diffusers, str(name), None)
     if not isinstance(made_of, type) or not hasattr(made_of, "from_config"):
         raise CheckpointError(f"{path} names class {name!r}, unknown to diffusers.")
+    if not issubclass(made_of, getattr(diffusers, "ModelMixin" if kind == "model" else "SchedulerMixin")):
+        raise CheckpointError(f"{path} must name a class of {kind}s; {name} of diffusers is not one. Restore the file.")
     try:
         with _quiet_diffusers(), torch.random.fork_rng(devices=[]):  # weights are drawn, then replaced
             return made_of.from_config(config)

@@ -41,6 +41,12 @@ _IF_JOINED_TWICE = (
     "The id of a single file is its name, in a folder its path from there: give the one folder that holds them all, "
     "rename one, or name an id_column of a table."
 )
+_SETTING_TYPES = (
+    ("resolution", Integral | None, "a whole number of pixels or None"),
+    ("center_crop", bool, "True or False"),
+    ("grey", bool, "True or False"),
+    ("max_megapixels", Real, "a number"),
+)
 _REPEATED_READS = 8  # items of a data set read twice, to catch random transforms
 
 
@@ -135,13 +141,16 @@ class ImageData:
         return self._read(self._checked([row])[0], Pictures.picture)
 
     def select(self, rows: Sequence[SupportsIndex] | ndarray) -> "ImageData":
-        """Make a data set of some images in the order given; a DataError if there are none, or a row is given twice.
+        """Make a data set of some images in the order given.
 
         Args:
             rows: Positions in 0..len-1, at least one, each at most once.
 
         Returns:
             A data set that shares the pixels of this one.
+
+        Raises:
+            DataError: If there are no rows, or one is given twice or is not in 0..len-1.
         """
         rows = self._checked(rows)
         if not rows:
@@ -417,19 +426,11 @@ def _check_count(name: str, values: Sequence[str], num_images: int, source: str)
         raise DataError(f"{source} has {num_images} images and {len(values)} {name}; give one for each image.")
 
 
-_SETTING_TYPES = (
-    ("resolution", Integral | None, "a whole number of pixels or None"),
-    ("center_crop", bool, "True or False"),
-    ("grey", bool, "True or False"),
-    ("max_megapixels", Real, "a number"),
-)
-
-
 def _check_settings(settings: DataSettings) -> None:
     faults = [
         f"{name} must be {what}; got {value!r}"
         for name, kind, what in _SETTING_TYPES
-        if not isinstance(value := getattr(settings, name), kind) or (isinstance(value, bool) and kind != bool)
+        if not isinstance(value := getattr(settings, name), kind) or (isinstance(value, bool) and kind is not bool)
     ]
     if faults:
         raise ConfigError("; ".join(faults) + ".")

@@ -269,8 +269,7 @@ class Run:
             shown = [s for s in scores if s.query_timesteps is not None] or scores
             table = retrieval_table(scores, self.train_images, opened, planted, k)
             table["notes"] += notes
-            write_json(self.folder / "evaluation" / "retrieval.json", table)
-        return write_report(
+        page = write_report(
             self.folder / "report" / "index.html",
             title="Which training images made these?",
             scores=shown,
@@ -280,6 +279,9 @@ class Run:
             settings=self.settings() | {"trace": settings},
             k=k,
         )
+        if table is not None:
+            write_json(self.folder / "evaluation" / "retrieval.json", table)
+        return page
 
     def settings(self) -> dict[str, Any]:
         """Give the content of ``config.yaml``, and the training settings of the record."""

@@ -29,6 +29,7 @@ from whence._files import publish_file, sha256_of_file, sha256_of_json, write_js
 from whence.errors import RecordError
 
 FORMAT_VERSION = 1
+_MANIFEST_KEYS = ("seed", "loss", "mixed_precision", "prediction_type", "data_fingerprint", "config")
 
 SCHEMA = pa.schema(
     [
@@ -136,7 +137,7 @@ class Record:
     """Forward passes that trained nothing; their ``step`` is the one that would have come next."""
 
     @classmethod
-    def open(cls, folder: Path) -> "Record":
+    def open(cls, folder: str | Path) -> "Record":
         """Read the record in ``folder`` (a run's ``record/``) and check every part against its checksum.
 
         Returns:
@@ -145,12 +146,13 @@ class Record:
         Raises:
             RecordError: If there is none, a part is missing or damaged, or the format is newer than this version reads.
         """
+        folder = Path(folder)
         manifest = read_manifest(folder)
         row_of: dict[str, int] = {}
         tables: dict[str, list[pa.Table]] = {"visits": [SCHEMA.empty_table()], "probe": [SCHEMA.empty_table()]}
         for parts_file in sorted(folder.glob("parts-*.json")):
             rows: list[int] = []  # each rank numbers its samples from 0
-            for part in _read_json(parts_file, list):
+            for part in _read_parts(parts_file):
                 new_ids = _read_part(folder, part["samples"])["id"].to_pylist() if part["samples"] else []
                 rows += [row_of.setdefault(sample_id, len(row_of)) for sample_id in new_ids]
                 tables[part["kind"]].append(_number_samples(_read_part(folder, part["rows"]), rows))
@@ -176,7 +178,7 @@ class PartWriter:
         self.folder = folder
         self.rank = rank
         self._parts_file = folder / f"parts-{rank}.json"
-        self.parts: list[dict[str, Any]] = _read_json(self._parts_file, list) if self._parts_file.exists() else []
+        self.parts: list[dict[str, Any]] = _read_parts(self._parts_file) if self._parts_file.exists() else []
         self._sample_rows: dict[str, int] = {}
         for part in self.parts:
             if part["samples"]:
@@ -236,7 +238,8 @@ class PartWriter:
 
     def _write(self, name: str, table: pa.Table) -> dict[str, Any]:
         with publish_file(self.folder / name) as partial:
-            pq.write_table(table, partial, compression="zstd")
+            with partial.open("wb") as file:  # by its path, pyarrow would refuse one that is not UTF-8
+                pq.write_table(table, file, compression="zstd")
             return {"file": name, "num_rows": table.num_rows, "sha256": sha256_of_file(partial)}
 
 
@@ -261,7 +264,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has format version {manifest.get('format_version')}; this version of whence reads "
             f"{FORMAT_VERSION}. Open it with the version that wrote it."
         )
+    missing = [key for key in _MANIFEST_KEYS if key not in manifest]
+    if missing:
+        raise RecordError(f"{path} lacks {', '.join(missing)}. The record is damaged; restore the file or train again.")
     return manifest
+
+
+def _read_parts(path: Path) -> list[dict[str, Any]]:
+    parts = _read_json(path, list)
+    for number, part in enumerate(parts):
+        if not _is_part(part):
+            raise RecordError(
+                f"{path}: entry {number} does not describe a part of a record. The record is damaged; restore the file "
+                "or train again."
+            )
+    return parts
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, dict) or not part.keys() >= {"kind", "first_step", "last_step", "rows", "samples"}:
+        return False
+    files = [part["rows"], *([] if part["samples"] is None else [part["samples"]])]
+    return (
+        part["kind"] in ("visits", "probe")
+        and all(isinstance(part[name], int) for name in ("first_step", "last_step"))
+        and all(isinstance(file, dict) for file in files)
+        and all(isinstance(file.get(name), str) for file in files for name in ("file", "sha256"))
+    )
 
 
 def _read_json(path: Path, form: type) -> Any:
@@ -286,7 +315,8 @@ def _read_part(folder: Path, entry: dict[str, Any]) -> pa.Table:
             f"{path} is damaged or was altered: its SHA-256 is {found[:12]}…, the record says {entry['sha256'][:12]}…. "
             "Restore the file or train again."
         )
-    return pq.read_table(path)
+    with path.open("rb") as file:
+        return pq.read_table(file)
 
 
 def _number_samples(table: pa.Table, rows: Sequence[int]) -> pa.Table:

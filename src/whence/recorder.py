@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import filelock
 import numpy as np
@@ -26,6 +26,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from whence._files import write_json
+from whence._recorder_checks import (
+    MAX_UINT16,
+    MAX_UINT32,
+    PRECISIONS,
+    check_batch,
+    check_floating,
+    checked_crops,
+    checked_dropped,
+    checked_ids,
+    checked_norm,
+    checked_optimizer,
+    checked_weights,
+    known_name,
+    whole_number,
+)
 from whence.checkpoints import Checkpoint, save_checkpoint
 from whence.config import LossName
 from whence.diffusion.noise import drawn_flip, drawn_timestep, noise_key, normals_of_keys
@@ -53,7 +68,8 @@ class Recorder:
         same_config: Also refuse to go on with another ``config``; otherwise only what a replay depends on must agree.
 
     Raises:
-        RecordError: If the folder holds a record and ``resume_from`` is not given, or one made with other settings.
+        RecordError: If the folder holds a record and ``resume_from`` is not given, or one made with other settings; or
+            a setting is none that can be recorded.
         InUseError: If another process is recording into the folder.
     """
 
@@ -74,19 +90,19 @@ class Recorder:
     ):
         self.folder = Path(folder)
         self.scheduler = scheduler
-        self.optimizer = optimizer
+        self.optimizer = checked_optimizer(optimizer)
         self.process = NoiseProcess.from_scheduler(scheduler)
-        self.rank = rank
+        self.rank = whole_number("rank", rank, 0, MAX_UINT16)
         self._same_config = same_config
         settings = _as_dict(config)
-        self.seed = int(_first(seed, settings.get("seed"), 0))
-        self.max_grad_norm = _first(max_grad_norm, settings.get("max_grad_norm"))
+        self.seed = whole_number("seed", _first(seed, settings.get("seed"), 0), -(2**63), 2**64 - 1)
+        self.max_grad_norm = checked_norm(_first(max_grad_norm, settings.get("max_grad_norm")))
         self.manifest = {
             "format_version": FORMAT_VERSION,
             "seed": self.seed,
             "max_grad_norm": self.max_grad_norm,
-            "loss": _known_loss(_first(loss, settings.get("loss"), "mse")),
-            "mixed_precision": settings.get("mixed_precision") or "no",
+            "loss": known_name("loss", _first(loss, settings.get("loss"), "mse"), LossName),
+            "mixed_precision": known_name("mixed_precision", settings.get("mixed_precision") or "no", PRECISIONS),
             "prediction_type": self.process.prediction_type,
             "scheduler": _describe_scheduler(scheduler),
             "data_fingerprint": data_fingerprint,
@@ -109,8 +125,12 @@ class Recorder:
 
         Returns:
             The images, some of them mirrored.
+
+        Raises:
+            RecordError: If an id is neither a whole number nor printable text, or ids and images differ in number.
         """
-        sample_ids = _as_ids(ids)
+        sample_ids = checked_ids(ids)
+        check_batch("flip()", sample_ids, images)
         flips = np.array([drawn_flip(key) for key in self._keys(sample_ids)], dtype=bool)
         self._flips[tuple(sample_ids)] = flips
         return flip_where(images, torch.from_numpy(flips))
@@ -135,11 +155,14 @@ class Recorder:
             The noise, and timesteps drawn uniformly from 0..T-1.
 
         Raises:
-            RecordError: If ids and images differ in number, or the pass before was not closed.
+            RecordError: If ids and images differ in number, what is given cannot be written down, or the pass before
+                was not closed.
         """
-        sample_ids = _as_ids(ids)
-        if len(sample_ids) != len(like):
-            raise RecordError(f"draw() needs one id per image; found {len(sample_ids)} ids and {len(like)} images.")
+        sample_ids = checked_ids(ids)
+        check_batch("draw()", sample_ids, like)
+        check_floating(like)
+        tops_lefts = checked_crops(crops, len(sample_ids))
+        dropped = checked_dropped(condition_dropped, len(sample_ids))
         if self._open is not None:
             raise RecordError("draw() was called twice; close the first pass with step(), accumulate() or probe().")
         if self._flips and tuple(sample_ids) not in self._flips:
@@ -147,8 +170,6 @@ class Recorder:
         keys = self._keys(sample_ids)
         self._occurrences.update(sample_ids)
         timesteps = torch.tensor([drawn_timestep(key, self.process.num_timesteps) for key in keys], dtype=torch.long)
-        tops_lefts = torch.zeros(len(keys), 2, dtype=torch.long) if crops is None else crops
-        dropped = torch.zeros(len(keys), dtype=torch.bool) if condition_dropped is None else condition_dropped
         self._open = {
             "ids": sample_ids,
             "noise_key": keys,
@@ -185,10 +206,12 @@ class Recorder:
             skipped: The optimizer did not step (a gradient scaler found infinite gradients); the visits count nothing.
 
         Raises:
-            RecordError: If there was no :meth:`draw`, the losses are not one per sample, or a gradient norm comes
-                without the norm it is clipped to.
+            RecordError: If there was no :meth:`draw`, the losses or their weights are not one per sample, or a gradient
+                norm comes without the norm it is clipped to.
             NumericsError: If a loss or the gradient norm is not finite.
         """
+        if samples_in_step is not None:
+            samples_in_step = whole_number("samples_in_step", samples_in_step, 1, MAX_UINT32)
         clip_coefficient = 0.0 if skipped else self._clip_coefficient(grad_norm)
         self.accumulate(loss_per_sample, loss_weight=loss_weight)
         if not math.isfinite(clip_coefficient):
@@ -347,7 +370,7 @@ class Recorder:
                 f"The loss is not finite at step {self.last_step + 1} for sample {', '.join(bad[:5])}. "
                 "Lower the learning rate, or look at these images."
             )
-        weights = torch.ones(num_samples) if loss_weight is None else loss_weight.detach().float().cpu()
+        weights = checked_weights(loss_weight, num_samples)
         rows = self._open | _constant(num_samples, micro_batch=micro_batch)
         rows |= {"slot": list(range(num_samples)), "loss": losses.tolist(), "loss_weight": weights.tolist()}
         self._open = None
@@ -424,16 +447,6 @@ def _constant(count: int, **values: Any) -> dict[str, list[Any]]:
 
 def _first(*values: Any) -> Any:
     return next((v for v in values if v is not None), None)
-
-
-def _known_loss(name: str) -> str:
-    if name not in get_args(LossName):
-        raise RecordError(f"Unknown loss {name!r}; known are {', '.join(get_args(LossName))}.")
-    return name
-
-
-def _as_ids(ids: Iterable[Any]) -> list[str]:
-    return [str(i) for i in (ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids)]
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from whence.event_table import make_batch
 from whence.record import Record, Visits
 from whence.recorder import visit_key
 from whence.subject import Subject
-from whence.training import autocast
+from whence.training import autocast, check_device
 
 TOLERANCE = {"no": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
 """Relative difference of a loss that is put down to rounding, by autocast type."""
@@ -52,6 +52,7 @@ def check_run(subject: Subject, *, device: str = "cpu") -> list[CheckRow]:
     Returns:
         One row for the keys, one per checkpoint.
     """
+    check_device(device)
     record, replays = subject.record, subject.replays
     assert record is not None and replays is not None  # the caller has opened a record
     return [_check_keys(record, subject.process.num_timesteps)] + [

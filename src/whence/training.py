@@ -5,6 +5,7 @@ checkpoint to the same bytes. The optimizer step over a batch of n samples follo
 """
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -36,31 +37,12 @@ def make_model(settings: ModelSettings, data: ImageData, seed: int) -> Any:
         The model, on the CPU.
 
     Raises:
-        ConfigError: If the images cannot be halved once per level, or widths do not fit the norm groups.
+        ConfigError: If settings are out of range, do not fit each other, or do not fit the size of the images.
     """
     import diffusers
 
+    _raise_faults(_model_faults(settings, data))
     levels = len(settings.widths)
-    factor = 2 ** (levels - 1)
-    if data.height % factor or data.width % factor:
-        raise ConfigError(
-            f"A model of {levels} levels halves its images {levels - 1} times, so their sides must be multiples of "
-            f"{factor}; found {data.width} x {data.height} pixels. Set another --resolution or fewer --widths."
-        )
-    if any(width % settings.norm_groups for width in settings.widths):
-        raise ConfigError(
-            f"Each width in {settings.widths} must be a multiple of norm_groups = {settings.norm_groups}."
-        )
-    if not 0 <= settings.attention_levels <= levels:
-        raise ConfigError(
-            f"attention_levels must be 0 to {levels}, the number of widths; found {settings.attention_levels}."
-        )
-    attended = settings.widths[levels - settings.attention_levels :]
-    if any(width % _HEAD_WIDTH for width in attended):
-        raise ConfigError(
-            f"Each width with attention must be a multiple of {_HEAD_WIDTH}, the width of a head; found {attended}. "
-            "Change the widths, or set attention_levels to 0."
-        )
     attention = [level >= levels - settings.attention_levels for level in range(levels)]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -136,10 +118,10 @@ def train(
         The last checkpoint.
 
     Raises:
-        ConfigError: If settings contradict each other.
+        ConfigError: If settings are out of range or contradict each other; nothing has been written then.
         RecordError: If the folder holds a record made with other settings or other images.
     """
-    _check_settings(settings, device)
+    _check_settings(folder, data, model_settings, settings, device)
     stops = checkpoint_steps(len(data), settings)
     model = make_model(model_settings, data, settings.seed).to(device)
     loop = _Loop(folder, data, model, model_settings, settings, stops[-1], device)
@@ -366,15 +348,99 @@ def _step_to_resume(folder: Path, last: Checkpoint | None) -> int | None:
     return last.step if last else 0
 
 
-def _check_settings(settings: TrainingSettings, device: str) -> None:
-    positive = ("epochs", "batch_size", "checkpoints", "learning_rate", "max_grad_norm")
+def check_device(device: str) -> None:
+    """Refuse a device on which torch cannot compute here.
+
+    Raises:
+        ConfigError: The message names the device and gives torch's reason.
+    """
+    try:
+        torch.zeros(1, device=device).cpu()
+    except Exception as error:  # each backend has its own way of not being there
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(
+            f"Device {device!r} cannot be used: {reason[:200]}. Give cpu, or a device of this machine such as cuda:0."
+        ) from error
+
+
+def _check_settings(
+    folder: Path, data: ImageData, model_settings: ModelSettings, settings: TrainingSettings, device: str
+) -> None:
+    _raise_faults(
+        _folder_faults(folder)
+        + _model_faults(model_settings, data)
+        + _training_faults(settings)
+        + _device_faults(settings, device)
+    )
+
+
+def _raise_faults(faults: list[str]) -> None:
+    if faults:
+        raise ConfigError("; ".join(faults) + ".")
+
+
+def _folder_faults(folder: Path) -> list[str]:
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return [] if nearest.is_dir() else [f"--out must be a folder; {nearest} is a file"]
+
+
+def _model_faults(settings: ModelSettings, data: ImageData) -> list[str]:
+    faults = _unknown_names(settings, "beta_schedule", "prediction_type")
+    if settings.layers_per_block < 1:
+        faults.append(f"layers_per_block must be above 0, found {settings.layers_per_block}")
+    if not 0 <= settings.dropout < 1:
+        faults.append(f"dropout must be at least 0 and below 1, found {settings.dropout}")
+    if settings.train_timesteps < 2:
+        faults.append(f"train_timesteps: the model needs at least 2 timesteps, found {settings.train_timesteps}")
+    if settings.norm_groups < 1:
+        faults.append(f"norm_groups must be above 0, found {settings.norm_groups}")
+    if not settings.widths or min(settings.widths) < 1:
+        return [*faults, f"widths must be one or more numbers of channels above 0, found {settings.widths}"]
+    return faults + _level_faults(settings, data)
+
+
+def _level_faults(settings: ModelSettings, data: ImageData) -> list[str]:
+    """Find what does not fit the number and the widths of the levels."""
+    faults = []
+    levels = len(settings.widths)
+    factor = 2 ** (levels - 1)
+    if data.height % factor or data.width % factor:
+        faults.append(
+            f"a model of {levels} levels halves its images {levels - 1} times, so their sides must be multiples of "
+            f"{factor}; found {data.width} x {data.height} pixels (set another --resolution or fewer --widths)"
+        )
+    if settings.norm_groups > 0 and any(width % settings.norm_groups for width in settings.widths):
+        faults.append(f"each width in {settings.widths} must be a multiple of norm_groups = {settings.norm_groups}")
+    if not 0 <= settings.attention_levels <= levels:
+        return [
+            *faults,
+            f"attention_levels must be 0 to {levels}, the number of widths; found {settings.attention_levels}",
+        ]
+    attended = settings.widths[levels - settings.attention_levels :]
+    if any(width % _HEAD_WIDTH for width in attended):
+        faults.append(
+            f"each width with attention must be a multiple of {_HEAD_WIDTH}, the width of a head; found {attended} "
+            "(change the widths, or set attention_levels to 0)"
+        )
+    return faults
+
+
+def _training_faults(settings: TrainingSettings) -> list[str]:
     faults = [
-        f"{name} must be above 0, found {getattr(settings, name)}" for name in positive if getattr(settings, name) <= 0
+        f"{name} must be above 0, found {getattr(settings, name)}"
+        for name in ("epochs", "batch_size", "checkpoints")
+        if getattr(settings, name) <= 0
     ]
-    hints = get_type_hints(TrainingSettings)
-    for name in ("loss", "schedule", "mixed_precision"):
-        if getattr(settings, name) not in get_args(hints[name]):
-            faults.append(f"{name} must be one of {', '.join(get_args(hints[name]))}, found {getattr(settings, name)}")
+    for name in ("learning_rate", "max_grad_norm"):
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value > 0):  # NaN is neither above 0 nor below
+            faults.append(f"{name} must be above 0 and finite, found {value}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(settings, name) < 1:
+            faults.append(f"{name} must be at least 0 and below 1, found {getattr(settings, name)}")
+    if not (math.isfinite(settings.weight_decay) and settings.weight_decay >= 0):
+        faults.append(f"weight_decay must be finite and not negative, found {settings.weight_decay}")
+    faults += _unknown_names(settings, "loss", "schedule", "mixed_precision")
     if settings.warmup_steps < 0:
         faults.append(f"warmup_steps must not be negative, found {settings.warmup_steps}")
     if settings.micro_batch_size is not None and not 0 < settings.micro_batch_size <= settings.batch_size:
@@ -383,7 +449,25 @@ def _check_settings(settings: TrainingSettings, device: str) -> None:
         )
     if settings.ema_decay is not None and not 0 < settings.ema_decay < 1:
         faults.append(f"ema_decay must lie between 0 and 1, found {settings.ema_decay}")
+    if not -(2**63) <= settings.seed < 2**63:
+        faults.append(f"seed must be from -2^63 to 2^63 - 1, found {settings.seed}")
+    return faults
+
+
+def _unknown_names(settings: ModelSettings | TrainingSettings, *names: str) -> list[str]:
+    known = {name: get_args(hint) for name, hint in get_type_hints(type(settings)).items()}
+    return [
+        f"{name} must be one of {', '.join(known[name])}, found {getattr(settings, name)}"
+        for name in names
+        if getattr(settings, name) not in known[name]
+    ]
+
+
+def _device_faults(settings: TrainingSettings, device: str) -> list[str]:
+    try:
+        check_device(device)
+    except ConfigError as error:
+        return [str(error).rstrip(".")]
     if settings.mixed_precision == "fp16" and torch.device(device).type == "cpu":
-        faults.append("mixed_precision fp16 needs a GPU; use bf16 or no on the CPU")
-    if faults:
-        raise ConfigError("; ".join(faults) + ".")
+        return ["mixed_precision fp16 needs a GPU; use bf16 or no on the CPU"]
+    return []

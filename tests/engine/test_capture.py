@@ -494,7 +494,7 @@ def test_unets_have_the_gradients_of_one_event_at_a_time(name: str):
 
 def test_a_learned_time_embedding_is_refused_by_name():
     with pytest.raises(
-        UnsupportedModelError, match=r"Not covered: time_proj\.weight of Embedding at time_proj\. Freeze"
+        UnsupportedModelError, match=r"Not covered: time_proj\.weight of Embedding at time_proj\. Leave these out"
     ):
         Capture(unet(time_embedding_type="learned"))
 

@@ -132,8 +132,8 @@ class Capture:
         if unknown:
             known = ", ".join(kind.__name__ for kind in LAYER_KINDS)
             raise UnsupportedModelError(
-                f"Per-sample gradients are known for {known}. Not covered: {'; '.join(unknown)}. Freeze these "
-                "parameters (requires_grad_(False)) to attribute the others."
+                f"Per-sample gradients are known for {known}. Not covered: {'; '.join(unknown)}. Leave these out "
+                "by naming the others with --parameters, by patterns such as 'down_blocks.*'."
             )
         return layers
 
@@ -234,8 +234,8 @@ def check_against_autograd(
     if faults:
         raise UnsupportedModelError(
             f"Per-sample gradients do not add up to autograd's for {len(faults)} parameters{_some(faults)}. The model "
-            "uses these outside their layer's own forward pass, or gives another result each time (dropout). Freeze "
-            "them (requires_grad_(False)) to attribute the others."
+            "uses these outside their layer's own forward pass, or gives another result each time (dropout). Leave "
+            "them out by naming the others with --parameters."
         )
     members = num_events // num_units
     for unit, gradients in check.alone.items():
