@@ -332,6 +332,12 @@ def test_units_that_cannot_be_computed_are_refused(subject, toy_queries, tmp_pat
         trace(subject, toy_queries, [odd], SETTINGS, tmp_path, show_progress=False)
 
 
+def test_a_query_that_is_not_on_a_grid_is_refused(subject, toy_queries, tmp_path):
+    odd = replace(RETRAC, query=replace(RETRAC.query, events=Replay("last")))
+    with pytest.raises(ConfigError, match="queries are taken on a grid"):
+        trace(subject, toy_queries, [odd], SETTINGS, tmp_path, show_progress=False)
+
+
 def test_images_of_another_size_are_refused(subject, toy_queries, tmp_path):
     large = ImageData.from_arrays(np.zeros((1, 3, 16, 16), np.float32), ["large"])
     with pytest.raises(ConfigError, match="3 x 8 x 8"):

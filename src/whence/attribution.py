@@ -44,7 +44,9 @@ def declare(
     """
     if isinstance(method, Baseline):
         return method, []
-    query = replace(method.query, events=_grid(method.query.events, settings.timesteps, settings.draws))
+    query = method.query
+    if isinstance(query.events, Grid):  # anything else is refused by check_method
+        query = replace(query, events=_grid(query.events, settings.timesteps, settings.draws))
     events, unit, weights, notes = method.train.events, method.train.unit, method.weights, []
     if isinstance(events, Grid) or not has_record:
         events = _grid(events, settings.train_timesteps, settings.train_draws)
