@@ -7,7 +7,7 @@ FOLDER holds ``cifar_mnist.parquet`` (5,000 CIFAR-10 airplanes, then 200 MNIST z
 The recipe only writes down a command line: it runs ``whence train``, ``whence trace``, ``whence report`` and ``whence
 check``, and prints each before it does.
 
-Scaled to two CPU cores in about 20 minutes: 16 px instead of 32, a UNet of 1.1 instead of 133 million parameters, 30
+Scaled to two CPU cores in about 17 minutes: 16 px instead of 32, a UNet of 1.1 instead of 133 million parameters, 30
 epochs instead of 500. Kept from the paper: L1 loss, a learning rate of 1e-4, batches of 32, no augmentation, ten
 checkpoints. What came out stands in docs/results/cifar_mnist.md.
 """
