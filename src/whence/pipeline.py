@@ -24,7 +24,7 @@ from whence.config import DataSettings, LossName, ModelSettings, TraceSettings, 
 from whence.data import ImageData, concatenate, open_images, save_arrays
 from whence.errors import ConfigError, DataError, RecordError, ScoresError, check_choice
 from whence.evaluation import retrieval_table
-from whence.event_table import EventBatch, EventTable, Replays, grid_events, make_batch
+from whence.event_table import EventBatch, EventTable, grid_events, make_batch
 from whence.methods import Baseline, GradientPlan, Grid, Method, method_by_name
 from whence.record import Record, read_manifest
 from whence.replay_check import CheckRow, check_run
@@ -91,7 +91,7 @@ class Run:
 
     def open_queries(self, queries: Images) -> ImageData:
         """Open query images and read them at the size of the training images."""
-        parts = [queries] if isinstance(queries, str | Path | ImageData) else list(queries)
+        parts = _parts(queries)
         if not parts:
             raise ConfigError("Give at least one query image.")
         columns = dict.fromkeys(("image_column", "id_column", "label_column", "caption_column"))
@@ -166,29 +166,33 @@ class Run:
         Raises:
             RecordError: If there is no record, or it is damaged or of other images.
         """
-        record = self.record or Record.open(self.model / "record")  # raises, saying what is missing
-        return check_run(replace(self.subject, record=record), device=device)
+        self._check_recorded()
+        return check_run(self.subject, device=device)
 
     def events(
         self, plan: GradientPlan, ids: Sequence[str], *, checkpoint: int = -1, seed: int = 0
     ) -> tuple[EventTable, EventBatch]:
         """Hand out the events at which training samples are taken, as arrays; see :func:`events`."""
-        checkpoints = self.subject.checkpoints
         rows = self.train_images.rows(ids)
         process = self.subject.process
         if isinstance(plan.events, Grid):
             table = grid_events(self.train_images, rows, "train", plan.events, process.num_timesteps, seed)
         else:
-            replays = Replays(self.record or Record.open(self.model / "record"), self.train_images)
+            self._check_recorded()
+            checkpoints, replays = self.subject.checkpoints, self.subject.replays
+            assert replays is not None  # there is a record
             if not -len(checkpoints) <= checkpoint < len(checkpoints):
                 raise ConfigError(
                     f"There are {len(checkpoints)} checkpoints, 0 to {len(checkpoints) - 1}; found {checkpoint}."
                 )
-            index = range(len(checkpoints))[checkpoint]
-            after = checkpoints[index - 1].step if index else 0
-            everything = replays.events(after, checkpoints[index].step, plan.events, "learning_rate")
+            step = checkpoints[checkpoint].step
+            everything = replays.events(self.subject.previous_step[step], step, plan.events, "learning_rate")
             table = everything.take(np.concatenate([np.flatnonzero(everything.row == row) for row in rows]))
         return table, make_batch(table, self.train_images, process)
+
+    def _check_recorded(self) -> None:
+        if self.record is None:
+            read_manifest(self.model / "record")  # raises, saying what is missing
 
     def sample(self, count: int, *, steps: int = 50, seed: int = 0, show_progress: bool = True) -> Path:
         """Sample images from the last checkpoint into ``generated/``; what is there already is not sampled again.
@@ -489,8 +493,11 @@ def _write_config(run: Run) -> None:
 
 def _sources(queries: Images) -> list[str | None]:
     """Name the sources of queries, None where they were given as opened images."""
-    parts = [queries] if isinstance(queries, str | Path | ImageData) else list(queries)
-    return [None if isinstance(p, ImageData) else _absolute(p) for p in parts]
+    return [None if isinstance(p, ImageData) else _absolute(p) for p in _parts(queries)]
+
+
+def _parts(queries: Images) -> list[str | Path | ImageData]:
+    return [queries] if isinstance(queries, str | Path | ImageData) else list(queries)
 
 
 def _absolute(source: str | Path) -> str:
