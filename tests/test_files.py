@@ -67,6 +67,34 @@ def test_a_folder_appears_when_its_block_ends(tmp_path):
         assert contents(tmp_path) == {f"new/folder/sub/{text}": text}
 
 
+def test_two_may_write_a_shared_file_at_once(tmp_path):
+    target = tmp_path / "file.txt"
+    with publish_file(target, shared=True) as slow:
+        slow.write_text("slow")
+        with publish_file(target, shared=True) as fast:
+            fast.write_text("fast")
+        assert contents(tmp_path)["file.txt"] == "fast"
+    assert contents(tmp_path) == {"file.txt": "slow"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_first_stays_where_nothing_is_replaced(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", fail(errno.EPERM))
+    with pytest.raises(FileExistsError), publish_file(tmp_path / "file", shared=True, replace=False) as slow:
+        slow.write_text("slow")
+        with publish_file(tmp_path / "file", shared=True, replace=False) as fast:
+            fast.write_text("fast")
+    assert contents(tmp_path) == {"file": "fast"}
+
+
+def test_a_disk_that_fails_to_link_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "hardlink_to", fail(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space"), publish_file(tmp_path / "file", replace=False) as partial:
+        partial.write_text("new")
+    assert contents(tmp_path) == {}
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_inside_leaves_the_old_one_and_no_scraps(tmp_path, error):
     with publish_file(tmp_path / "file") as partial:

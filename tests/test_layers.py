@@ -32,6 +32,9 @@ LAYER_OF = {
     "_sources": "artifacts",
     "record": "artifacts",
     "store": "artifacts",
+    "shards": "artifacts",
+    "_store_checks": "artifacts",
+    "_tensor_file": "artifacts",
     "scores": "artifacts",
     "checkpoints": "checkpoints",
     # stages: loops that turn one artifact into the next
@@ -330,7 +333,9 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
-@pytest.mark.parametrize("module", ["whence", "whence.scores", "whence.data", "whence.record", "whence.report"])
+@pytest.mark.parametrize(
+    "module", ["whence", "whence.scores", "whence.data", "whence.record", "whence.report", "whence.store"]
+)
 def test_imports_without_torch(module: str):
     run_python(f"{REFUSE_TORCH}\nimport {module}")
 

@@ -1,9 +1,11 @@
 """Writing to disk so that a file or folder is there whole or not at all, however the process ends."""
 
+import errno
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +24,13 @@ def sha256_of_file(path: Path) -> str:
 
 def sha256_of_json(value: Any) -> str:
     """Hash a value by its canonical JSON text, as 64 hex digits; the same when it comes back from a JSON file."""
-    plain = json.loads(json.dumps(value, default=_plain_number))  # keys become text before they are sorted
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    text = json.dumps(as_json(value), sort_keys=True, separators=(",", ":"))  # keys are text before they are sorted
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def as_json(value: Any) -> Any:
+    """Give a value as it comes back from a JSON file: tuples as lists, keys as text, numpy scalars as plain ones."""
+    return json.loads(json.dumps(value, default=_plain_number))
 
 
 def _plain_number(value: Any) -> Any:
@@ -43,20 +50,39 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def publish_file(path: Path) -> Iterator[Path]:
-    """Give a path to write to; rename it to ``path`` when the block ends without an error."""
+def publish_file(path: Path, *, shared: bool = False, replace: bool = True) -> Iterator[Path]:
+    """Give a path to write to; rename it to ``path`` when the block ends without an error.
+
+    Where a file is ``shared``, other processes may be writing it at this moment: the path to write to is then this
+    process's own, and what a killed one left behind stays for the caller to remove. Without ``replace``, a file that is
+    already at ``path`` by then stays, and FileExistsError is raised.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{f'.{secrets.token_hex(4)}' if shared else ''}.partial")
     try:
         with _disk_errors(path):
             yield partial
         _share(partial)
         sync(partial)
-        partial.replace(path)
+        if replace:
+            partial.replace(path)
+        else:
+            _rename_unless_there(partial, path)
         sync(path.parent)
-    except BaseException:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
+
+
+def _rename_unless_there(partial: Path, path: Path) -> None:
+    """Raise FileExistsError where ``path`` exists; only a hard link can tell in one go, and not all disks have them."""
+    try:
+        path.hardlink_to(partial)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        partial.rename(path)
 
 
 @contextmanager
@@ -86,8 +112,11 @@ def publish_folder(path: Path) -> Iterator[Path]:
 
 
 def _share(path: Path) -> None:
-    """Let others read a file as the user's mask allows; safetensors writes its files for their owner alone."""
-    if path.is_file():
+    """Let others read a file as the user's mask allows; safetensors writes its files for their owner alone.
+
+    A hard link to a file elsewhere keeps that file's rights.
+    """
+    if path.is_file() and path.stat().st_nlink == 1:
         mask = os.umask(0)
         os.umask(mask)
         path.chmod(0o666 & ~mask)
@@ -119,8 +148,8 @@ def _swap(partial: Path, path: Path, replaced: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON with sorted keys, whole or not at all."""
-    with publish_file(path) as partial:
+def write_json(path: Path, value: Any, *, shared: bool = False, replace: bool = True) -> None:
+    """Write a value as indented JSON with sorted keys, whole or not at all; options as of :func:`publish_file`."""
+    with publish_file(path, shared=shared, replace=replace) as partial:
         text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, default=_plain_number)
         partial.write_text(text + "\n")

@@ -26,6 +26,10 @@ class CheckpointError(WhenceError):
     """A checkpoint folder is missing, damaged, or of another architecture."""
 
 
+class StoreError(WhenceError):
+    """A store of gradient rows is missing, damaged, of another specification, or given what it cannot hold."""
+
+
 class ScoresError(WhenceError):
     """A file of scores is missing, damaged, or used for what it does not hold."""
 

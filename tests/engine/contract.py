@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from whence.engine._base import AbstractLayerFactors
+from whence.engine._base import AbstractLayerFactors, MatrixLayerFactors
 from whence.engine.capture import Capture
+from whence.projections import make_projection
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ def loss(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
 def batch_of_one(model: nn.Module, inputs: Tensor, num_units: int) -> dict[str, Tensor]:
     """Each unit's gradient from autograd, one event at a time, added up over the unit's members."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    events = [torch.autograd.grad(loss(model(one[None]))[0], list(named.values())) for one in inputs]
+    events = [
+        torch.autograd.grad(loss(model(one[None]))[0], list(named.values()), materialize_grads=True) for one in inputs
+    ]
     return {
         name: torch.stack([event[k] for event in events]).unflatten(0, (num_units, -1)).sum(1)
         for k, name in enumerate(named)
@@ -73,8 +77,7 @@ def batch_of_one(model: nn.Module, inputs: Tensor, num_units: int) -> dict[str, 
 def capture_factors(model: nn.Module, inputs: Tensor, num_units: int) -> tuple[AbstractLayerFactors, dict[str, str]]:
     """The factors of a model's only layer."""
     capture, sink = Capture(model), KeepFactors()
-    with capture.hooks():
-        capture.backward(loss(model(inputs)), num_units, [sink])
+    capture.run(lambda some: loss(model(inputs[some])), len(inputs), num_units, [sink])
     (found,) = sink.found
     return found
 
@@ -84,7 +87,8 @@ def check_gradients(model: nn.Module, inputs: Tensor, num_units: int) -> None:
     want = batch_of_one(model, inputs, num_units)
     factors, names = capture_factors(model, inputs, num_units)
     # A sum of some thousand products at most, each rounded to 6e-8 or 1e-16 of the largest.
-    tolerance = 1e-4 if inputs.dtype == torch.float32 else 1e-11
+    dtype = next(model.parameters()).dtype  # the inputs may be indices
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
     found = {names[own]: factors.materialise()[own] for own in names}
     assert found.keys() == want.keys()
     for name in want:
@@ -94,11 +98,67 @@ def check_gradients(model: nn.Module, inputs: Tensor, num_units: int) -> None:
     torch.testing.assert_close(
         factors.norm_squared(list(names)), rows.double().square().sum(1), rtol=tolerance, atol=tolerance
     )
-    vectors = torch.randn(3, rows.shape[1], generator=torch.Generator().manual_seed(2), dtype=inputs.dtype)
+    vectors = torch.randn(3, rows.shape[1], generator=torch.Generator().manual_seed(2), dtype=dtype)
     widths = [found[names[own]][0].numel() for own in names]
-    dots = factors.dot(dict(zip(names, vectors.split(widths, dim=1), strict=True)))
+    dots, norm_squared = factors.dot(dict(zip(names, vectors.split(widths, dim=1), strict=True)))
     scale = float(rows.norm(dim=1).max() * vectors.norm(dim=1).max())
     torch.testing.assert_close(dots, rows @ vectors.T, rtol=0, atol=tolerance * scale)
+    torch.testing.assert_close(norm_squared, rows.double().square().sum(1), rtol=tolerance, atol=tolerance)
+    check_pieces(factors, found, names)
+    for with_norms in (True, False):
+        check_projected(factors, found, names, with_norms, tolerance)
+    if isinstance(factors, MatrixLayerFactors):
+        check_both_forms(factors, found, names, tolerance)
+
+
+def check_pieces(factors: AbstractLayerFactors, found: dict[str, Tensor], names: dict[str, str]) -> None:
+    """Pieces laid side by side are the gradients."""
+    parts: dict[str, list[Tensor]] = {own: [] for own in names}
+    for own, span, gradients in factors.pieces(names):
+        assert (
+            span == slice(sum(p.shape[1] for p in parts[own]), span.stop)
+            and gradients.shape[1] == span.stop - span.start
+        )
+        parts[own].append(gradients)
+    for own, name in names.items():
+        torch.testing.assert_close(torch.cat(parts[own], dim=1), found[name].flatten(1))
+
+
+def check_projected(
+    factors: AbstractLayerFactors, found: dict[str, Tensor], names: dict[str, str], with_norms: bool, tolerance: float
+) -> None:
+    """Projected gradients are projections of the gradients."""
+    shapes = {name: tuple(gradients.shape[1:]) for name, gradients in found.items()}
+    dtype = next(iter(found.values())).dtype
+    # Sides of two make small layers two-sided as well.
+    projection = make_projection("two_sided_sketch", shapes, width=16, side=2, seed=0, dtype=dtype)
+    want, rows = (torch.zeros(factors.num_units, 16, dtype=dtype) for _ in range(2))
+    for name, gradients in found.items():
+        projection.add(want, name, gradients)
+    norm_squared = factors.project(projection, names, rows, with_norms=with_norms)
+    atol = 3 * tolerance * max(float(gradients.flatten(1).norm(dim=1).max()) for gradients in found.values())
+    torch.testing.assert_close(rows, want, rtol=tolerance, atol=atol)
+    lengths = torch.stack([g.flatten(1).double().square().sum(1) for g in found.values()]).sum(0)
+    torch.testing.assert_close(norm_squared, lengths * with_norms, rtol=tolerance, atol=tolerance)
+
+
+def check_both_forms(
+    factors: MatrixLayerFactors, found: dict[str, Tensor], names: dict[str, str], tolerance: float
+) -> None:
+    """Norms and projections are the same by either way, whichever is cheaper."""
+    if "weight" not in names:
+        return
+    weight = found[names["weight"]]
+    if len(factors.calls) == 1 and factors.gram_cost < inf:
+        lengths = weight.flatten(1).double().square().sum(1)
+        torch.testing.assert_close(factors.gram_norm_squared().double(), lengths, rtol=tolerance, atol=tolerance)
+    grouped = getattr(factors.layer, "groups", 1) > 1
+    for pay in (True, False):
+        # Two outputs at a time, and one way or the other.
+        changed = {"_factors_pay": lambda *_, pay=pay: pay} | ({} if grouped else {"outputs_at_once": 2})
+        forced = type("Forced", (type(factors),), changed)(factors.layer, factors.calls, factors.num_units)
+        check_pieces(forced, found, names)
+        check_projected(forced, found, names, True, tolerance)
 
 
 class LayerContract:

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from engine.contract import Case, LayerContract, batch_of_one, capture_factors, check_gradients
-from whence.engine import conv
 
 
 def crop(inputs: Tensor):
@@ -33,10 +32,34 @@ CASES = {
 }
 
 
+OTHER_CASES = {
+    "1d": Case(lambda: nn.Conv1d(2, 3, 3, padding=1), (2, 6), lambda inputs: inputs[..., 1:]),
+    "1d, circular": Case(
+        lambda: nn.Conv1d(2, 4, 3, padding=2, padding_mode="circular", groups=2), (2, 6), lambda inputs: inputs[..., 1:]
+    ),
+    "1d, pointwise": Case(lambda: nn.Conv1d(3, 4, 1), (3, 5), lambda inputs: inputs[..., 1:]),
+    "3d": Case(lambda: nn.Conv3d(2, 3, (1, 2, 3), stride=(1, 2, 1), padding=1), (2, 2, 3, 4), crop),
+    "transposed": Case(lambda: nn.ConvTranspose2d(2, 3, 3), (2, 4, 3), crop),
+    "transposed, strided": Case(
+        lambda: nn.ConvTranspose2d(4, 2, 4, stride=2, padding=1, output_padding=1, dilation=(1, 2)), (4, 3, 4), crop
+    ),
+    "transposed, groups": Case(lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, bias=False), (4, 3, 3), crop),
+    "transposed, 1x1": Case(lambda: nn.ConvTranspose2d(3, 4, 1), (3, 3, 3), crop),
+    "transposed, 1d": Case(lambda: nn.ConvTranspose1d(2, 3, 3, padding=1), (2, 6), lambda inputs: inputs[..., 1:]),
+    "transposed, 3d": Case(lambda: nn.ConvTranspose3d(2, 3, 2, stride=2), (2, 2, 2, 3), crop),
+}
+
+
 class TestConv2d(LayerContract):
     @pytest.fixture(params=list(CASES))
     def case(self, request: pytest.FixtureRequest):
         return CASES[request.param]
+
+
+class TestOtherConvolutions(LayerContract):
+    @pytest.fixture(params=list(OTHER_CASES))
+    def case(self, request: pytest.FixtureRequest):
+        return OTHER_CASES[request.param]
 
 
 @st.composite
@@ -86,17 +109,3 @@ def test_channels_last(name: str):
     want = batch_of_one(case.build(), case.inputs(4), num_units=2)
     for name, gradients in factors.materialise().items():
         torch.testing.assert_close(gradients, want[name], rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("name", ["groups", "strided"])
-@pytest.mark.parametrize(
-    "at_once", [1, 2 * 2 * 2 * 9 * 4 * 5]
-)  # one unit at a time; two, so that the last block is smaller
-def test_gradients_do_not_depend_on_how_many_are_unfolded_at_once(
-    monkeypatch: pytest.MonkeyPatch, name: str, at_once: int
-):
-    case = CASES[name]
-    want = capture_factors(case.build(), case.inputs(6), 3)[0].materialise()["weight"]
-    monkeypatch.setitem(conv._PATCHES_AT_ONCE, "cpu", at_once)
-    found = capture_factors(case.build(), case.inputs(6), 3)[0].materialise()["weight"]
-    torch.testing.assert_close(found, want, rtol=1e-13, atol=1e-13)  # the products may be added up in another order

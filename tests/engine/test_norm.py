@@ -1,4 +1,5 @@
 import pytest
+from diffusers.models import normalization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -10,6 +11,7 @@ GROUP_NORMS = {
     "vector": Case(lambda: nn.GroupNorm(2, 6), (6,)),
     "sequence": Case(lambda: nn.GroupNorm(1, 4, eps=0.1), (4, 5), again=lambda inputs: inputs[..., 1:].exp()),
     "one channel a group": Case(lambda: nn.GroupNorm(3, 3), (3, 2, 2)),
+    "no bias": Case(lambda: without_bias(nn.GroupNorm(2, 4)), (4, 3)),
 }
 
 LAYER_NORMS = {
@@ -18,6 +20,25 @@ LAYER_NORMS = {
     "two axes": Case(lambda: nn.LayerNorm([3, 4]), (2, 3, 4)),
     "no bias": Case(lambda: nn.LayerNorm(4, bias=False), (3, 4)),
 }
+
+RMS_NORMS = {
+    "vector": Case(lambda: nn.RMSNorm(4), (4,)),
+    "tokens": Case(lambda: nn.RMSNorm(4, eps=0.1), (3, 4), again=lambda inputs: inputs[:, 1:].exp()),
+    "heads": Case(lambda: nn.RMSNorm(4, eps=1e-6), (2, 3, 4)),
+    "two axes": Case(lambda: nn.RMSNorm([3, 4]), (2, 3, 4)),
+}
+
+DIFFUSERS_RMS_NORMS = {
+    "vector": Case(lambda: normalization.RMSNorm(4, eps=1e-6), (4,)),
+    "tokens": Case(lambda: normalization.RMSNorm(4, eps=0.1), (3, 4), again=lambda inputs: inputs[:, 1:].exp()),
+    "bias": Case(lambda: normalization.RMSNorm(4, eps=1e-6, bias=True), (2, 3, 4)),
+    "two axes": Case(lambda: normalization.RMSNorm((3, 4), eps=1e-6), (2, 3, 4)),
+}
+
+
+def without_bias(norm: nn.GroupNorm) -> nn.GroupNorm:
+    norm.bias = None
+    return norm
 
 
 class TestGroupNorm(LayerContract):
@@ -30,6 +51,33 @@ class TestLayerNorm(LayerContract):
     @pytest.fixture(params=list(LAYER_NORMS))
     def case(self, request: pytest.FixtureRequest):
         return LAYER_NORMS[request.param]
+
+
+class TestRMSNorm(LayerContract):
+    @pytest.fixture(params=list(RMS_NORMS))
+    def case(self, request: pytest.FixtureRequest):
+        return RMS_NORMS[request.param]
+
+
+class TestDiffusersRMSNorm(LayerContract):
+    @pytest.fixture(params=list(DIFFUSERS_RMS_NORMS))
+    def case(self, request: pytest.FixtureRequest):
+        return DIFFUSERS_RMS_NORMS[request.param]
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.GroupNorm(2, 4, affine=False),
+        nn.LayerNorm(4, elementwise_affine=False),
+        nn.RMSNorm(4, elementwise_affine=False),
+        normalization.RMSNorm(4, eps=1e-6, elementwise_affine=False),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_a_norm_without_parameters_is_passed_through(norm: nn.Module):
+    model = nn.Sequential(nn.Linear(4, 4), norm).double()
+    check_gradients(model, Case(nn.Identity, (4,)).inputs(3), 3)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)

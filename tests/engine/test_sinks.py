@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from engine.contract import Case, capture_factors, loss
 from whence.engine.capture import Capture, Sink
-from whence.engine.sinks import DotSink, GatherSink, Layout
+from whence.engine.sinks import DotSink, GatherSink, Layout, ProjectSink
+from whence.projections import ProjectionKind, make_projection
 
 
 @pytest.fixture
@@ -26,8 +27,7 @@ def run(
 ):
     capture = Capture(model, patterns)
     sink = make(Layout.of(capture.parameters))
-    with capture.hooks():
-        capture.backward(loss(model(data)), num_units, [sink])
+    capture.run(lambda some: loss(model(data[some])), len(data), num_units, [sink])
     return sink
 
 
@@ -100,6 +100,28 @@ def test_without_vectors_there_are_norms_only(model: nn.Module, data: Tensor, mo
     assert (sink.norm_squared > 0).all()
 
 
+@pytest.mark.parametrize("kind", ["two_sided_sketch", "two_sided", "sketch", "gaussian", "identity"])
+@pytest.mark.parametrize("num_units", [4, 2])
+def test_projected_rows_are_projections_of_gathered_rows(
+    model: nn.Module, data: Tensor, num_units: int, kind: ProjectionKind
+):
+    gathered = run(
+        model, data, num_units, lambda layout: GatherSink(layout, data.new_zeros(num_units, layout.num_params))
+    )
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    width = None if kind in ("identity", "two_sided") else 12
+    projection = make_projection(kind, shapes, width=width, side=2, seed=3, dtype=torch.float64)
+    want = data.new_zeros(num_units, projection.width)
+    for name, span in gathered.layout.spans.items():
+        projection.add(want, name, gathered.rows[:, span].unflatten(1, shapes[name]))
+    for with_norms in (True, False):
+        rows = data.new_ones(num_units, projection.width)
+        sink = ProjectSink(projection, rows, with_norms=with_norms)
+        run(model, data, num_units, lambda _, made=sink: made)
+        torch.testing.assert_close(rows, want, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(sink.norm_squared, gathered.unit_norm_squared * with_norms, rtol=1e-10, atol=1e-10)
+
+
 def test_several_sinks_share_one_pass(model: nn.Module, data: Tensor, monkeypatch: pytest.MonkeyPatch):
     count = []
     original = Capture._consume
@@ -109,8 +131,7 @@ def test_several_sinks_share_one_pass(model: nn.Module, data: Tensor, monkeypatc
     gather = GatherSink(layout, data.new_zeros(4, layout.num_params))
     dots = DotSink(layout, torch.ones(1, 87, dtype=torch.float64), 4)
     assert isinstance(gather, Sink) and isinstance(dots, Sink)
-    with capture.hooks():
-        capture.backward(loss(model(data)), 4, [gather, dots])
+    capture.run(lambda some: loss(model(data[some])), 4, 4, [gather, dots])
     assert len(count) == len(set(count)) == 3
     torch.testing.assert_close(dots.dots[:, 0], gather.rows.sum(1), rtol=1e-10, atol=1e-10)
 

@@ -1,22 +1,48 @@
 """The contract of a layer kind."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
+from whence.projections import AbstractProjection
+
 Call = tuple[Tensor, Tensor]
 """Input and output gradient of one call of a layer; both have the events on their first axis."""
+
+_NUMBERS_PER_LENGTH = 2**12
+
+
+# Costs in units of one multiplication and addition inside a convolution, measured on one core of a server CPU
+# (benchmarks/engine.py shows what they lead to). They only choose between forms that give the same result.
+PER_PRODUCT = 2.0
+"""A multiplication inside a product of many small matrices."""
+PER_ELEMENT = 80.0
+"""Making, writing and reading again an element of a gradient."""
+PER_PAIR = 140.0
+"""Adding an element of one matrix of pairs of positions to another."""
+
+
+class Piece(NamedTuple):
+    """Some columns of one parameter's per-unit gradients."""
+
+    name: str
+    """The layer's own name of the parameter."""
+    span: slice
+    """Which elements of the flattened parameter."""
+    gradients: Float[Tensor, "unit element"]
 
 
 class AbstractLayerFactors(ABC):
     """Per-unit gradients of one layer, from all calls of it in one pass.
 
-    A layer kind gives :meth:`materialise`; norms and dot products follow from it, and a kind may take a shorter way to
-    them.
+    A layer kind gives :meth:`materialise`; everything else follows from it. A kind with large parameters also gives
+    :meth:`pieces`, so that its gradients are used up while they are in the cache, and may take a shorter way to norms
+    and projections.
 
     Args:
         layer: The layer.
@@ -38,31 +64,215 @@ class AbstractLayerFactors(ABC):
         """What :meth:`materialise` gives, made once."""
         return self.materialise()
 
-    def norm_squared(self, names: list[str]) -> Float64[Tensor, " unit"]:
+    def pieces(self, names: Collection[str]) -> Iterator[Piece]:
+        """Make the gradients of the named parameters piece by piece; the pieces of one parameter come in order."""
+        for name in names:
+            gradients = self.gradients[name].flatten(1)
+            yield Piece(name, slice(0, gradients.shape[1]), gradients)
+
+    def norm_squared(self, names: Collection[str]) -> Float64[Tensor, " unit"]:
         """Squared length of each unit's gradient over the named parameters of this layer."""
-        return sum(
-            (squared_lengths(self.gradients[name].flatten(1)) for name in names),
-            start=torch.zeros(self.num_units, dtype=torch.float64, device=self.calls[0][1].device),
-        )
+        return sum((squared_lengths(piece.gradients) for piece in self.pieces(names)), start=self._zeros())
 
-    def dot(self, vectors: Mapping[str, Float[Tensor, "vector param"]]) -> Float[Tensor, "unit vector"]:
-        """Inner products of each unit's gradient with given vectors, added up over the named parameters."""
-        products = [self.gradients[name].flatten(1) @ vector.T for name, vector in vectors.items()]
-        return torch.stack(products).sum(0)
+    def dot(
+        self, vectors: Mapping[str, Float[Tensor, "vector param"]]
+    ) -> tuple[Float[Tensor, "unit vector"], Float64[Tensor, " unit"]]:
+        """Give inner products of each unit's gradient with given vectors, and its squared length.
 
-    def _sum_calls(self, one_call: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Add up what ``one_call`` makes of each call's input and output gradient."""
-        total = one_call(*self.calls[0])
-        for inputs, grads in self.calls[1:]:
-            total += one_call(inputs, grads)
-        return total
+        Both are added up over the parameters that the vectors are given for.
+        """
+        dots, norm_squared = [], self._zeros()
+        for name, span, gradients in self.pieces(vectors):
+            dots.append(gradients @ vectors[name][:, span].T)
+            norm_squared += squared_lengths(gradients)
+        return add_up(dots), norm_squared
+
+    def project(
+        self,
+        projection: AbstractProjection,
+        names: Mapping[str, str],
+        rows: Float[Tensor, "unit width"],
+        *,
+        with_norms: bool,
+    ) -> Float64[Tensor, " unit"]:
+        """Add the projected gradients to ``rows``.
+
+        Args:
+            projection: What to project with.
+            names: The chosen parameters, from their name in the layer to that in the model.
+            rows: What is added to.
+            with_norms: Whether exact norms are wanted too.
+
+        Returns:
+            Squared length of each unit's gradient over the chosen parameters; zeros unless wanted.
+        """
+        norm_squared = self._zeros()
+        for own, name in names.items():
+            projection.add(rows, name, self.gradients[own])
+            if with_norms:
+                norm_squared += squared_lengths(self.gradients[own].flatten(1))
+        return norm_squared
+
+    def _zeros(self) -> Float64[Tensor, " unit"]:
+        return torch.zeros(self.num_units, dtype=torch.float64, device=self.calls[0][1].device)
 
     def _per_unit(self, events: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit member *rest"]:
         """Split the event axis into units and their members."""
         return events.unflatten(0, (self.num_units, -1))
 
 
+class MatrixLayerFactors(AbstractLayerFactors):
+    r"""Gradients of a layer whose weight gradient is a sum over positions of G^T A.
+
+    ``A`` is what an output sees of the input (features of a token, a patch of an image), of size ``inner``; ``G`` the
+    gradient of the outputs. A weight has the shape (out, \*inner). From these two factors come
+
+        a norm by Gram matrices        ‖G^T A‖² = sum((A A^T) * (G G^T))           where positions are few
+        a two-sided projection         (G P_out)^T (A P_inner)                     where they are fewer than outputs
+
+    and else both are made of the gradient itself, in pieces of some outputs at a time. A kind gives the four methods
+    that are abstract here.
+    """
+
+    @abstractmethod
+    def weight_rows(self, outputs: slice) -> Float[Tensor, "unit out inner"]:
+        """Make the weight gradient of some outputs."""
+
+    @abstractmethod
+    def bias(self) -> Float[Tensor, "unit out"]:
+        """Make the gradient of the bias."""
+
+    @abstractmethod
+    def gram_norm_squared(self) -> Float[Tensor, " unit"]:
+        """Give the squared length of the weight gradient, by Gram matrices; asked only where it is cheaper."""
+
+    @abstractmethod
+    def project_factors(
+        self, out: Float[Tensor, "out k_out"] | None, inner: Float[Tensor, "inner k_inner"] | None
+    ) -> Float[Tensor, "unit k_out k_inner"]:
+        """Project both factors and multiply them; None stands for the identity."""
+
+    @property
+    @abstractmethod
+    def positions(self) -> int:
+        """Positions of a unit."""
+
+    layer: Any
+    row_rate: float
+    """Cost of a multiplication in :meth:`weight_rows`."""
+
+    @property
+    @abstractmethod
+    def gram_cost(self) -> float:
+        """Cost of :meth:`gram_norm_squared` for one unit; infinite where it is not to be had."""
+
+    @property
+    def outputs_at_once(self) -> int:
+        """Outputs in one piece of the weight gradient."""
+        num_inner = self.layer.weight[0].numel()
+        at_once = numbers_at_once(self.layer.weight.device) // (self.num_units * num_inner)
+        return max(8, at_once // 8 * 8)  # multiples of eight suit the width of vector instructions
+
+    def materialise(self) -> dict[str, Float[Tensor, "unit *shape"]]:
+        """Make the gradients whole."""
+        gradients = {"weight": self.weight_rows(slice(0, len(self.layer.weight))).unflatten(2, self._inner_shape)}
+        if self.layer.bias is not None:
+            gradients["bias"] = self.bias()
+        return gradients
+
+    def pieces(self, names: Collection[str]) -> Iterator[Piece]:
+        """Make the gradients some outputs at a time."""
+        if "weight" in names:
+            for start, rows in self._row_blocks():
+                num_inner = rows.shape[2]
+                yield Piece("weight", slice(start * num_inner, (start + rows.shape[1]) * num_inner), rows.flatten(1))
+        if "bias" in names:
+            bias = self.bias()
+            yield Piece("bias", slice(0, bias.shape[1]), bias)
+
+    def norm_squared(self, names: Collection[str]) -> Float64[Tensor, " unit"]:
+        """Take the cheaper of the two forms."""
+        if "weight" not in names or not self._gram_pays:
+            return super().norm_squared(names)
+        return self.gram_norm_squared().double() + super().norm_squared([n for n in names if n != "weight"])
+
+    def project(
+        self,
+        projection: AbstractProjection,
+        names: Mapping[str, str],
+        rows: Float[Tensor, "unit width"],
+        *,
+        with_norms: bool,
+    ) -> Float64[Tensor, " unit"]:
+        """Project the two factors, or the gradient that they make, whichever is cheaper."""
+        sides = projection.sides(names["weight"]) if "weight" in names else None
+        if sides is None:
+            return super().project(projection, names, rows, with_norms=with_norms)
+        norm_squared = self._zeros()
+        if self._factors_pay(sides.out, sides.inner, with_norms):
+            projection.add_core(rows, names["weight"], self.project_factors(sides.out, sides.inner))
+            norm_squared += self.norm_squared(["weight"]) if with_norms else 0
+        else:
+            cores = []
+            for start, block in self._row_blocks():
+                inner = block if sides.inner is None else block @ sides.inner
+                out = torch.eye(len(self.layer.weight)).to(block) if sides.out is None else sides.out
+                cores.append(out[start : start + block.shape[1]].T @ inner)
+                norm_squared += squared_lengths(block.flatten(1)) if with_norms else 0
+            projection.add_core(rows, names["weight"], add_up(cores))
+        if "bias" in names:
+            bias = self.bias()
+            projection.add(rows, names["bias"], bias)
+            norm_squared += squared_lengths(bias) if with_norms else 0
+        return norm_squared
+
+    @property
+    def _inner_shape(self) -> torch.Size:
+        return self.layer.weight.shape[1:]
+
+    @property
+    def _gram_pays(self) -> bool:
+        return len(self.calls) == 1 and self.gram_cost < self._row_cost
+
+    @property
+    def _row_cost(self) -> float:
+        return self.layer.weight.numel() * (self.row_rate * self.positions + PER_ELEMENT)
+
+    def _factors_pay(self, out: Tensor | None, inner: Tensor | None, with_norms: bool) -> bool:
+        num_out, num_inner = len(self.layer.weight), self.layer.weight[0].numel()
+        k_out = num_out if out is None else out.shape[1]
+        k_inner = num_inner if inner is None else inner.shape[1]
+        per_position = self.row_rate * num_inner * k_inner + PER_PRODUCT * k_out * (
+            k_inner + (out is not None) * num_out
+        )
+        core_of_rows = PER_PRODUCT * num_out * k_inner * (num_inner + k_out)
+        norms = min(self.gram_cost, self._row_cost) if with_norms else 0
+        return self.positions * per_position + norms < self._row_cost + core_of_rows
+
+    def _row_blocks(self) -> Iterator[tuple[int, Float[Tensor, "unit out inner"]]]:
+        for start in range(0, len(self.layer.weight), self.outputs_at_once):
+            yield start, self.weight_rows(slice(start, start + self.outputs_at_once))
+
+
+def add_up(parts: Iterable[Tensor]) -> Tensor:
+    """Add tensors, of which there is at least one, without a copy of a single one."""
+    first, *rest = parts
+    return sum(rest, start=first)
+
+
+def numbers_at_once(device: torch.device) -> int:
+    """Give the size of an intermediate result, in numbers.
+
+    On a CPU it stays in the cache, and needs no fresh memory from the system.
+    """
+    return 2**19 if device.type == "cpu" else 2**26
+
+
 def squared_lengths(rows: Float[Tensor, "unit param"]) -> Float64[Tensor, " unit"]:
     """Squared length of each row, in float64 so that layers can be added up."""
-    # Not vector_norm: in float32 it adds one number after another, and is off by 1e-4 for a million of them.
-    return rows.square().sum(1).double()
+    # In float32 vector_norm adds one number after another, which is off by 1e-4 for a million of them; it is ten times
+    # as fast as a sum of squares, and exact enough for some thousand.
+    whole = rows.shape[1] // _NUMBERS_PER_LENGTH * _NUMBERS_PER_LENGTH
+    blocks = rows[:, :whole].unflatten(1, (-1, _NUMBERS_PER_LENGTH))
+    lengths = torch.linalg.vector_norm(blocks, dim=2).double().square().sum(1)
+    return lengths + torch.linalg.vector_norm(rows[:, whole:], dim=1).double().square()

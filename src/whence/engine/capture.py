@@ -1,34 +1,40 @@
-"""Hooks that bring each layer's input and output gradient to where per-unit gradients are made.
+"""The pass over a batch, with hooks that bring each layer's input and output gradient to where gradients are made.
 
-Three traps are handled here. Parameters are frozen while the hooks are on, or autograd would form their gradients
+Four traps are handled here. Parameters are frozen while the hooks are on, or autograd would form their gradients
 anyway. Every captured output is made to require a gradient, or a layer fed by a constant (a time embedding) would yield
-none. And all calls of one layer are joined before anything is made of them.
+none. All calls of one layer are joined before anything is made of them. And inputs are kept the way autograd keeps
+them, so that gradient checkpointing frees and recomputes them, and a change in place is noticed.
 """
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from whence.engine._base import AbstractLayerFactors, Call
-from whence.engine.conv import Conv2dFactors
-from whence.engine.linear import LinearFactors
-from whence.engine.norm import GroupNormFactors, LayerNormFactors
-from whence.errors import ConfigError, UnsupportedModelError
+from whence.engine.coverage import LAYER_KINDS, find_coverage
+from whence.engine.fallback import MaterialisedFactors, find_used, gradients_by_unit
+from whence.engine.tables import EventTable, event_tables
+from whence.errors import ConfigError, UnsupportedModelError, check_choice
 
-LAYER_KINDS: dict[type[nn.Module], type[AbstractLayerFactors]] = {
-    nn.Linear: LinearFactors,
-    nn.Conv2d: Conv2dFactors,
-    nn.GroupNorm: GroupNormFactors,
-    nn.LayerNorm: LayerNormFactors,
-}
-"""Layers whose per-unit gradients are known. Matched by exact class: a subclass may compute something else."""
+Outputs = Callable[[slice], Float[Tensor, " event"]]
+"""Makes a forward pass of some events of a batch, and gives one number per event."""
+
+Uncovered = Literal["exact", "refuse"]
+"""What is done with parameters that belong to no layer of a kind that can be captured.
+
+exact       their gradients are taken by running the whole model again for each unit
+refuse      an error lists them
+"""
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @runtime_checkable
@@ -44,24 +50,25 @@ class Capture:
     """Takes per-unit gradients of a model's parameters.
 
     Args:
-        model: The model; it is changed only inside :meth:`hooks`.
+        model: The model; it is changed only inside :meth:`run`.
         patterns: Which parameters, by shell-style patterns over their names.
+        uncovered: What is done with parameters that belong to no layer that can be captured.
 
     Raises:
         ConfigError: If no trainable parameter matches a pattern.
-        UnsupportedModelError: If a chosen parameter belongs to no known layer kind; all of them are listed.
+        UnsupportedModelError: If parameters are uncovered, and these are refused; all of them are listed.
 
     Example:
-        >>> model = nn.Linear(2, 1)
+        >>> from whence.engine.check import GradientCheck
+        >>> model, inputs = nn.Linear(2, 1), torch.ones(3, 2)
         >>> sink = GradientCheck()
-        >>> capture = Capture(model)
-        >>> with capture.hooks():
-        ...     capture.backward(model(torch.ones(3, 2))[:, 0], num_units=3, sinks=[sink])
+        >>> Capture(model).run(lambda some: model(inputs[some])[:, 0], num_events=3, num_units=3, sinks=[sink])
         >>> sink.sums["weight"]
         tensor([[3., 3.]])
     """
 
-    def __init__(self, model: nn.Module, patterns: Sequence[str] = ("*",)):
+    def __init__(self, model: nn.Module, patterns: Sequence[str] = ("*",), uncovered: Uncovered = "exact"):
+        check_choice("way with uncovered parameters", uncovered, Uncovered)
         self.model = model
         self.parameters = {
             name: p
@@ -73,21 +80,35 @@ class Capture:
             trainable = [name for name, p in model.named_parameters() if p.requires_grad]
             raise ConfigError(
                 f"No trainable parameter matches {', '.join(map(repr, idle or patterns))}. The model has "
-                f"{len(trainable)} trainable parameters{_some(trainable)}."
+                f"{len(trainable)} trainable parameters{some_of(trainable)}."
             )
-        self._layers = self._find_layers()
+        self.arithmetic: torch.dtype = torch.float64
+        """The coarsest type that an output gradient of the last pass had; not the parameters' under autocast."""
+        coverage = find_coverage(model, self.parameters)
+        self._layers, self._tables = coverage.layers, coverage.tables
+        self.uncovered: dict[str, str] = coverage.uncovered
+        """Parameters that are taken by running the whole model for each unit, with the reason; runs may add some."""
+        self._noted: set[str] = set()
+        self._refuses = uncovered == "refuse"
+        self._batch_norms = {module: path for path, module in model.named_modules() if isinstance(module, BATCH_NORMS)}
+        self._were_used: set[str] = set()
+        self._phase: Literal["off", "forward", "backward"] = "off"
         self._pending: Counter[nn.Module] = Counter()
-        self._consumed: set[nn.Module] = set()
         self._calls: dict[nn.Module, list[Call]] = defaultdict(list)
         self._num_events = 0
         self._num_units = 0
-        self._sinks: Iterable[Sink] = ()
+        self._sinks: Sequence[Sink] = ()
+        self._note_uncovered()
 
     @contextmanager
-    def hooks(self) -> Iterator[None]:
+    def _hooks(self) -> Iterator[None]:
         """Freeze the parameters and watch the layers; undo both at the end, also after an exception."""
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        handles = [layer.register_forward_hook(self._after_forward, with_kwargs=True) for layer in self._layers]
+        # First of all hooks: another may change the output that this one must see.
+        handles = [
+            layer.register_forward_hook(self._after_forward, with_kwargs=True, prepend=True) for layer in self._layers
+        ]
+        handles += [layer.register_forward_hook(self._refuse_batch_statistics) for layer in self._batch_norms]
         try:
             for parameter in trainable:
                 parameter.requires_grad_(False)
@@ -99,170 +120,231 @@ class Capture:
                 parameter.requires_grad_(True)
             self._forget()
 
-    def backward(self, outputs: Float[Tensor, " event"], num_units: int, sinks: Iterable[Sink]) -> None:
-        """Run the backward pass of ``outputs.sum()`` and hand every layer's gradients to the sinks.
+    @torch.enable_grad()
+    def run(self, outputs: Outputs, num_events: int, num_units: int, sinks: Iterable[Sink]) -> None:
+        """Take the gradients of ``outputs`` and hand those of every layer to the sinks.
 
         Args:
-            outputs: One number per event of the forward pass just made.
+            outputs: Makes a forward pass of some events. It is called once for all of them and, where parameters are
+                uncovered, once more for those of each unit.
+            num_events: Events in the batch.
             num_units: Units in which consecutive events are taken as one; must divide the number of events.
             sinks: What is wanted.
-        """
-        self._num_events, self._num_units, self._sinks = len(outputs), num_units, list(sinks)
-        try:
-            outputs.sum().backward()
-            for layer in [layer for layer, calls in self._calls.items() if calls]:
-                self._consume(layer)  # a call whose output the loss does not use gave no gradient
-        finally:
-            self._forget()
 
-    def _find_layers(self) -> dict[nn.Module, dict[str, str]]:
-        """Map each layer to the names of its chosen parameters: its own name to the name in the model."""
-        name_of = {id(p): name for name, p in self.parameters.items()}
-        layers: dict[nn.Module, dict[str, str]] = {}
-        unknown = []
-        for path, module in self.model.named_modules():
-            own = {k: name_of[id(p)] for k, p in module.named_parameters(recurse=False) if id(p) in name_of}
-            if any(name in names.values() for name in own.values() for names in layers.values()):
-                # Norms of a gradient that comes from two layers do not add.
-                unknown.append(f"{', '.join(own.values())}, shared with {type(module).__name__} at {path}")
-            elif own and type(module) in LAYER_KINDS:
-                layers[module] = own
-            elif own:
-                unknown.append(f"{', '.join(own.values())} of {type(module).__name__} at {path or 'the top'}")
-        if unknown:
-            known = ", ".join(kind.__name__ for kind in LAYER_KINDS)
-            raise UnsupportedModelError(
-                f"Per-sample gradients are known for {known}. Not covered: {'; '.join(unknown)}. Leave these out "
-                "by naming the others with --parameters, by patterns such as 'down_blocks.*'."
-            )
-        return layers
+        Raises:
+            UnsupportedModelError: If the model mixes samples by batch normalisation, uses gradient checkpointing of
+                the old kind, changes a layer's input in place, or has uncovered parameters and these are refused.
+        """
+        self._num_events, self._num_units, self._sinks = num_events, num_units, list(sinks)
+        self.arithmetic = torch.float64
+        with self._hooks():
+            if self._layers or self._tables:
+                self._run_all(outputs)
+                self._find_bypassed(outputs)
+                self._note_uncovered()  # ... that this pass brought to light
+            if self.uncovered:
+                self._run_by_unit(outputs)
+
+    def _run_all(self, outputs: Outputs) -> None:
+        """Run all events at once, for the layers and tables."""
+        try:
+            self._run_forward_and_backward(outputs)
+        except RuntimeError as error:
+            if self._phase != "forward" or not self._tables:
+                raise
+            # Where the reason is another, it fails again without them.
+            self._uncover(self._tables, f"with a copy for each event the model does not run: {error}")
+            self._tables = {}
+            self._pending.clear()
+            self._run_forward_and_backward(outputs)
+        # Left are layers that are replayed, and those with a call whose output is not used and gave no gradient.
+        for layer in list(self._calls):
+            self._consume(layer)
+
+    def _run_forward_and_backward(self, outputs: Outputs) -> None:
+        with event_tables(self._tables, self._num_events) as tables:
+            self._phase = "forward"
+            values = outputs(slice(0, self._num_events))
+            self._phase = "backward"
+            if values.requires_grad:
+                values.sum().backward()
+            self._phase = "off"
+        self._consume_tables(tables)
+
+    def _run_by_unit(self, outputs: Outputs) -> None:
+        """Run each unit by itself, for what is uncovered."""
+        parameters = [self.parameters[name] for name in self.uncovered]
+        rows = gradients_by_unit(parameters, lambda unit: outputs(self._events_of(unit)).sum(), self._num_units)
+        gradients = dict(zip(self.uncovered, rows, strict=True))
+        self._hand_over(MaterialisedFactors(self.model, gradients, self._num_units), {name: name for name in gradients})
+
+    def _find_bypassed(self, outputs: Outputs) -> None:
+        """Find what is never used as it should be though the outputs depend on it: another module reads it."""
+        covered = [list(how.names.values()) for how in self._layers.values()] + [[name] for name in self._tables]
+        silent = [names for names in covered if names[0] not in self._were_used]
+        if silent:
+            parameters = [self.parameters[name] for names in silent for name in names]
+            found = iter(find_used(parameters, lambda: outputs(self._events_of(unit=0)).sum()))
+            for names in silent:
+                if any([next(found) for _ in names]):
+                    self._uncover(names, "used without a call of its layer")
+                self._were_used.update(names)  # one look at each is enough
 
     def _after_forward(
-        self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Tensor | None:
-        if not torch.is_grad_enabled():
+        if self._phase == "off" or not torch.is_grad_enabled():
+            return None
+        self._were_used.update(self._layers[layer].names.values())
+        inputs = [*args, *kwargs.values()]
+        one_of_one = len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
+        if self._layers[layer].replayed and not one_of_one:
+            self._uncover_layer(layer, f"its {type(layer).__name__} does not make one tensor of one")
             return None
         replaced = None
         if not output.requires_grad:
             # A copy: what follows may change it in place, which autograd forbids for a leaf.
-            output = replaced = output.requires_grad_().clone()
-        self._pending[layer] += 1
-        inputs = (args[0] if args else kwargs["input"]).detach()
-        output.register_hook(partial(self._after_backward, layer, inputs, inputs._version))
+            output = replaced = output.detach().requires_grad_().clone()
+        kept = _keep(inputs[0])  # in a recomputation too, where as many tensors must be kept as at first
+        if self._phase == "backward":
+            # Recomputed by checkpointing. The gradient goes to the output of the first time, unless it is of the old
+            # kind, with a backward pass of its own.
+            output.register_hook(partial(self._refuse_reentrant, layer))
+        else:
+            self._pending[layer] += 1
+            output.register_hook(partial(self._after_backward, layer, kept))
         return replaced
 
-    def _after_backward(self, layer: nn.Module, inputs: Tensor, version: int, grads: Tensor) -> None:
-        if inputs._version != version:
+    def _after_backward(self, layer: nn.Module, kept: Any, grads: Tensor) -> None:
+        if self._phase != "backward":
+            return  # the model takes a gradient of its own in its forward pass
+        try:
+            (inputs,) = kept.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
             raise UnsupportedModelError(
-                f"The input of {self._name(layer)} was changed in place after the "
-                "layer saw it, so its gradient is lost. Change a copy instead."
-            )
-        if len(inputs) != self._num_events:
-            raise UnsupportedModelError(
-                f"The events must be on the first axis of every layer's input, but {self._name(layer)} saw a batch of "
-                f"{len(inputs)}, not of {self._num_events} events."
-            )
-        self._calls[layer].append((inputs, grads.detach()))
+                f"The input of {self._name(layer)} was changed in place after the layer saw it, so its gradient is "
+                "lost. Change a copy instead."
+            ) from error
+        # Under autocast they are of a coarser type; what is made of them is not to be.
+        self.arithmetic = max(self.arithmetic, grads.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        dtype = self.parameters[next(iter(self._layers[layer].names.values()))].dtype
+        inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+        self._calls[layer].append((inputs, grads.detach().to(dtype)))
         self._pending[layer] -= 1
-        if not self._pending[layer]:
+        if not self._pending[layer] and not self._layers[layer].replayed:
             self._consume(layer)
 
+    def _refuse_reentrant(self, layer: nn.Module, grads: Tensor) -> None:
+        raise UnsupportedModelError(
+            f"The backward pass runs {self._name(layer)} and its backward pass once more. Use gradient checkpointing "
+            "with use_reentrant=False, or none."
+        )
+
+    @torch.no_grad()
     def _consume(self, layer: nn.Module) -> None:
-        if layer in self._consumed:
+        calls, how = self._calls.pop(layer), self._layers[layer]
+        found = {len(tensor) if tensor.ndim else 0 for call in calls for tensor in call} - {self._num_events}
+        if found:
+            self._uncover_layer(layer, f"its layer saw a batch of {min(found)}, not of {self._num_events} events")
+        if not self.uncovered.keys() & how.names.values():
+            self._hand_over(how.kind(layer, calls, self._num_units), how.names)
+
+    def _consume_tables(self, tables: dict[str, EventTable]) -> None:
+        gradients = {}
+        for name, table in tables.items():
+            if table.other_uses:
+                self._uncover([name], f"given to {table.other_uses[0]}, which is no broadcast over the events")
+            if table.other_uses or table.copies.grad is not None:
+                self._were_used.add(name)
+            if table.copies.grad is not None and name not in self.uncovered:
+                gradients[name] = table.copies.grad.reshape(self._num_units, -1, *(table.shape or [1])).sum(1)
+        if gradients:
+            factors = MaterialisedFactors(self.model, gradients, self._num_units)
+            self._hand_over(factors, {name: name for name in gradients})
+
+    def _hand_over(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
+        for sink in self._sinks:
+            sink.consume(factors, names)
+
+    def _uncover_layer(self, layer: nn.Module, reason: str) -> None:
+        self._uncover(self._layers[layer].names.values(), reason)
+
+    def _uncover(self, names: Iterable[str], reason: str) -> None:
+        self.uncovered |= dict.fromkeys(names, reason)
+
+    def _note_uncovered(self) -> None:
+        """Warn of parameters that were newly found to be uncovered, or refuse them."""
+        news = [f"{name} ({reason})" for name, reason in self.uncovered.items() if name not in self._noted]
+        if not news:
+            return
+        if self._refuses:
+            known = ", ".join(dict.fromkeys(kind.__name__ for kind in LAYER_KINDS))
             raise UnsupportedModelError(
-                f"The backward pass calls {self._name(layer)} again after its other calls were done with. Use gradient "
-                "checkpointing with use_reentrant=False, or none."
+                f"Per-sample gradients are known for {known}, with the events on the first axis. Not covered"
+                f"{some_of(news)}. Leave these out by naming the others with --parameters, by patterns such as "
+                "'down_blocks.*'."
             )
-        self._consumed.add(layer)
-        with torch.no_grad():
-            factors = LAYER_KINDS[type(layer)](layer, self._calls.pop(layer), self._num_units)
-            for sink in self._sinks:
-                sink.consume(factors, self._layers[layer])
+        warnings.warn(
+            f"The gradients of {len(news)} parameters are taken by running the whole model once more for each sample "
+            f"of a batch, which is exact and slow{some_of(news)}. To spare it, leave them out by naming the others "
+            "with --parameters.",
+            stacklevel=3,
+        )
+        self._noted |= self.uncovered.keys()
+        self._tables = {name: place for name, place in self._tables.items() if name not in self.uncovered}
+        self._layers = {
+            layer: how for layer, how in self._layers.items() if not self.uncovered.keys() & how.names.values()
+        }
+
+    def _refuse_batch_statistics(self, layer: Any, *_: Any) -> None:
+        if layer.training or layer.running_mean is None:
+            raise UnsupportedModelError(
+                f"Per-sample gradients mean nothing where batch normalisation mixes the samples, as it does at "
+                f"{self._batch_norms[layer]}. Put the model into evaluation mode with model.eval(), or use another "
+                "normalisation."
+            )
+
+    def _events_of(self, unit: int) -> slice:
+        members = self._num_events // self._num_units
+        return slice(unit * members, (unit + 1) * members)
 
     def _name(self, layer: nn.Module) -> str:
-        return f"the layer of {', '.join(self._layers[layer].values())}"
+        return f"the layer of {', '.join(self._layers[layer].names.values())}"
 
     def _forget(self) -> None:
+        self._phase = "off"
         self._pending.clear()
-        self._consumed.clear()
         self._calls.clear()
         self._sinks = ()
 
 
-class GradientCheck:
-    """A sink that keeps what can be compared with autograd: the sum over all units, and some units' own gradients.
+class _Keep(torch.autograd.Function):
+    """An operation without an effect, whose node in the graph keeps a tensor for the backward pass."""
 
-    Args:
-        units: Which units' gradients are kept.
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise AssertionError("nothing is made of the output")
+
+
+def _keep(tensor: Tensor) -> Any:
+    """Keep a tensor as a layer keeps its input, and return the node that has it as its saved tensor.
+
+    So it is checked for changes in place, and where gradient checkpointing is on it is freed and recomputed.
+
+    Returns:
+        The node of the graph.
     """
-
-    def __init__(self, units: Sequence[int] = ()):
-        self.sums: dict[str, Tensor] = {}
-        self.alone: dict[int, dict[str, Tensor]] = {unit: {} for unit in units}
-
-    def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
-        """Keep one layer's part."""
-        for own, name in names.items():
-            self.sums[name] = factors.gradients[own].sum(0)
-            for unit, gradients in self.alone.items():
-                gradients[name] = factors.gradients[own][unit].clone()
+    anchor = torch.empty(0, requires_grad=True)
+    return _Keep.apply(anchor, tensor.detach()).grad_fn
 
 
-@torch.enable_grad()
-def check_against_autograd(
-    capture: Capture, outputs: Callable[[slice], Float[Tensor, " event"]], num_events: int, num_units: int
-) -> None:
-    """Compare the units' gradients with autograd's, parameter by parameter.
-
-    Run on the first batch of every run: a model that does something unforeseen is refused before it is attributed. The
-    sum over all units must be autograd's gradient of the batch; and those of the first and the last unit must be what
-    they are when the unit goes through the model alone, which a model that mixes samples does not keep.
-
-    Args:
-        capture: The capture in use.
-        outputs: Makes a forward pass of some of the events and gives one number per event.
-        num_events: Events of the batch.
-        num_units: Units of the batch.
-
-    Raises:
-        UnsupportedModelError: If a parameter's gradients differ; all of them are listed.
-    """
-    check = GradientCheck(units=sorted({0, num_units - 1}))
-    with capture.hooks():
-        capture.backward(outputs(slice(0, num_events)), num_units, [check])
-    faults = _differences(capture, check.sums, outputs(slice(0, num_events)))
-    if faults:
-        raise UnsupportedModelError(
-            f"Per-sample gradients do not add up to autograd's for {len(faults)} parameters{_some(faults)}. The model "
-            "uses these outside their layer's own forward pass, or gives another result each time (dropout). Leave "
-            "them out by naming the others with --parameters."
-        )
-    members = num_events // num_units
-    for unit, gradients in check.alone.items():
-        faults = _differences(capture, gradients, outputs(slice(unit * members, (unit + 1) * members)))
-        if faults:
-            raise UnsupportedModelError(
-                f"The gradient of a sample depends on the other samples of its batch, for {len(faults)} parameters"
-                f"{_some(faults)}. Per-sample gradients mean nothing where the model mixes samples (batch "
-                "normalisation in training mode, a mean over the batch)."
-            )
-
-
-def _differences(capture: Capture, found: dict[str, Tensor], outputs: Float[Tensor, " event"]) -> list[str]:
-    """Name the parameters whose gradient is not autograd's gradient of the sum of ``outputs``."""
-    wanted = torch.autograd.grad(outputs.sum(), list(capture.parameters.values()), materialize_grads=True)
-    total = sum(float(want.double().square().sum()) for want in wanted) ** 0.5
-    # Rounding differs with the order of summation. A gradient that is zero in exact arithmetic (a key's bias under
-    # softmax) is all rounding, hence the second term.
-    relative, absolute = (1e-8, 1e-12) if wanted[0].dtype == torch.float64 else (1e-3, 1e-5)
-    faults = []
-    for name, want in zip(capture.parameters, wanted, strict=True):
-        error = float((found.get(name, torch.zeros_like(want)) - want).double().norm())
-        if not error <= relative * float(want.double().norm()) + absolute * total:
-            faults.append(f"{name} (off by {error:.2g} of {float(want.norm()):.2g})")
-    return faults
-
-
-def _some(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
     """List at most twenty names, after a colon."""
     return f": {', '.join(names[:20])}{', …' if len(names) > 20 else ''}" if names else ""

@@ -1,59 +1,178 @@
-"""Convolutions: the weight gradient of a unit is G^T A, A the input unfolded into the patches that the kernel sees."""
+"""Convolutions: the weight gradient of a unit is G^T A, A the input unfolded into the patches that the kernel sees.
+
+Nothing is ever unfolded. The weight gradient of many units is that of *one* convolution with a group for each unit,
+which runs at the speed of training's own; a projected ``A`` is the result of a small random convolution; and the Gram
+matrix of patches is a sum, over the elements of the kernel, of shifted views of the Gram matrix of pixels.
+
+A transposed convolution is a convolution from its output to its input: the patches are those of its output gradients,
+and its inputs take their part.
+"""
+
+from functools import cached_property
+from itertools import product
+from math import inf, prod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from whence.engine._base import AbstractLayerFactors
+from whence.engine._base import PER_PAIR, PER_PRODUCT, MatrixLayerFactors, add_up, numbers_at_once
 
-_PATCHES_AT_ONCE = {"cpu": 2**20}
-"""Numbers of unfolded input made at a time. On a CPU they stay in its cache: twice as fast as all at once."""
-_PATCHES_AT_ONCE_ELSEWHERE = 2**28
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
-class Conv2dFactors(AbstractLayerFactors):
-    """Gradients of an ``nn.Conv2d`` with any stride, padding, dilation and groups."""
+class ConvFactors(MatrixLayerFactors):
+    """Gradients of a convolution or transposed convolution, with any stride, padding, dilation and groups.
 
-    layer: nn.Conv2d
+    Of a transposed convolution the weight has the shape (in, out, kernel), so its *inputs* count as outputs here.
+    """
 
-    def materialise(self) -> dict[str, Float[Tensor, "unit *shape"]]:
-        """Multiply output gradients with patches, and add up the calls."""
-        gradients = {"weight": self._sum_calls(self._weight)}
-        if self.layer.bias is not None:
-            gradients["bias"] = self._sum_calls(lambda inputs, grads: self._per_unit(grads.flatten(2).sum(2)).sum(1))
-        return gradients
+    layer: _Convolution
+    row_rate = 1.0
 
-    def _weight(
-        self, inputs: Float[Tensor, "event in height width"], grads: Float[Tensor, "event out height2 width2"]
-    ) -> Float[Tensor, "unit *shape"]:
+    def weight_rows(self, outputs: slice) -> Float[Tensor, "unit out inner"]:
+        """Convolve as the backward pass of training does, each unit in a group of its own."""
+        return add_up(self._weight_rows(image, grads[:, outputs]) for image, grads in self._factors)
+
+    def bias(self) -> Float[Tensor, "unit out"]:
+        """Add up the output gradients over positions and calls."""
+        return add_up(self._per_unit(grads.flatten(2).sum(2)).sum(1) for _, grads in self.calls)
+
+    def gram_norm_squared(self) -> Float[Tensor, " unit"]:
+        """Compare all pairs of positions: of their patches and of their output gradients."""
+        ((image, grads),) = self._factors
+        image = F.pad(image, [p for padding in reversed(self._padding) for p in (padding, padding)])
+        sizes, num_pixels = image.shape[2:], image[0, 0].numel()
+        units_at_once = max(1, numbers_at_once(image.device) // num_pixels**2)
+        parts = []
+        for pixels, out in zip(
+            image.flatten(2).split(units_at_once), grads.flatten(2).split(units_at_once), strict=True
+        ):
+            pairs = (pixels.mT @ pixels).view(-1, *sizes, *sizes)
+            of_patches = add_up(pairs[(slice(None), *seen, *seen)] for seen in self._seen_by_elements(grads.shape[2:]))
+            parts.append((of_patches.reshape(len(out), out.shape[2], -1) * (out.mT @ out)).sum((1, 2)))
+        return torch.cat(parts)
+
+    def project_factors(
+        self, out: Float[Tensor, "out k_out"] | None, inner: Float[Tensor, "inner k_inner"] | None
+    ) -> Float[Tensor, "unit k_out k_inner"]:
+        """Project the patches by a convolution of ``k_inner`` outputs."""
         groups = self.layer.groups
-        per_unit = self._per_unit(inputs)
-        # The positions of all members of a unit lie side by side, so that one product adds them up.
-        channels_first = self._per_unit(grads.flatten(2)).transpose(1, 2)
-        out = channels_first.reshape(self.num_units * groups, grads.shape[1] // groups, -1)
-        weight = inputs.new_empty(*out.shape[:2], self.layer.weight[0].numel())
-        numbers_per_unit = groups * weight.shape[2] * out.shape[2]
-        at_once = _PATCHES_AT_ONCE.get(inputs.device.type, _PATCHES_AT_ONCE_ELSEWHERE)
-        units_at_once = max(1, at_once // numbers_per_unit)
-        for first in range(0, self.num_units, units_at_once):
-            here = slice(first * groups, (first + units_at_once) * groups)
-            patches = self._patches(per_unit[first : first + units_at_once])
-            patches = patches.reshape(-1, weight.shape[2], out.shape[2])
-            torch.bmm(out[here], patches.mT, out=weight[here])
-        return weight.view(self.num_units, *self.layer.weight.shape)
+        if inner is None:
+            inner = torch.eye(self.layer.weight[0].numel()).to(self.layer.weight)
+        kernel = inner.T.unflatten(1, self.layer.weight.shape[1:]).repeat(groups, *[1] * (len(self._kernel) + 1))
+        cores = []
+        for image, grads in self._factors:
+            patches = _CONVOLVE[len(self._kernel)](
+                image, kernel, None, self.layer.stride, self._padding, self.layer.dilation, groups
+            )
+            patches, across = (x.flatten(2).unflatten(1, (groups, -1)) for x in (patches, grads))
+            if out is None:
+                core = (across @ patches.mT).flatten(1, 2)
+            else:
+                core = (out.unflatten(0, (groups, -1)).mT @ across @ patches.mT).sum(1)
+            cores.append(self._per_unit(core).sum(1))
+        return add_up(cores)
 
-    def _patches(self, inputs: Float[Tensor, "unit member in height width"]) -> Float[Tensor, "unit patch position"]:
-        """Unfold the input into what each element of the kernel sees, the positions of all members side by side."""
+    @property
+    def positions(self) -> int:
+        """Positions of a unit, over all calls."""
+        return sum(grads[:, 0].numel() for _, grads in self._factors) // self.num_units
+
+    @property
+    def gram_cost(self) -> float:
+        """Products of pixels with pixels and of positions with positions, and sums over shifted pairs of positions."""
+        ((image, grads), *_) = self._factors
+        if len(image) != self.num_units or self.layer.groups > 1:
+            return inf
+        num_pixels = prod(size + 2 * p for size, p in zip(image.shape[2:], self._padding, strict=True))
+        num_positions = grads[0, 0].numel()
+        products = num_pixels**2 * image.shape[1] + num_positions**2 * grads.shape[1]
+        return PER_PRODUCT * products + PER_PAIR * num_positions**2 * (prod(self._kernel) + 1)
+
+    @property
+    def outputs_at_once(self) -> int:
+        """Outputs in one piece of the weight gradient; all of them where they fall into groups."""
+        return super().outputs_at_once if self.layer.groups == 1 else len(self.layer.weight)
+
+    def _weight_rows(
+        self, image: Float[Tensor, "event in *size"], grads: Float[Tensor, "event out *size2"]
+    ) -> Float[Tensor, "unit out inner"]:
+        if self._pointwise:
+            pixels, out = (self._per_unit(x.flatten(2)).transpose(1, 2).flatten(2) for x in (image, grads))
+            rows = out @ pixels.mT
+        elif len(image) == self.num_units:
+            rows = self._weight_gradient(image.flatten(0, 1)[None], grads.flatten(0, 1)[None], self.num_units)
+        else:
+            per_unit = zip(self._per_unit(image), self._per_unit(grads), strict=True)
+            rows = torch.stack([self._weight_gradient(a, g, 1) for a, g in per_unit])
+        return rows.view(self.num_units, grads.shape[1], -1)
+
+    def _weight_gradient(
+        self, image: Float[Tensor, "batch in *size"], grads: Float[Tensor, "batch out *size2"], num_units: int
+    ) -> Float[Tensor, "out inner *kernel"]:
+        groups = num_units * self.layer.groups
+        # Only the shape of the weight is looked at.
+        weight = image.new_empty(()).expand(grads.shape[1], *self.layer.weight.shape[1:])
+        return torch.ops.aten.convolution_backward(
+            grads.contiguous(),
+            image.contiguous(),
+            weight,
+            None,
+            self.layer.stride,
+            self._padding,
+            self.layer.dilation,
+            False,  # transposed
+            [0] * len(self._kernel),  # output padding
+            groups,
+            [False, True, False],  # of input, weight, bias
+        )[1]
+
+    @property
+    def _pointwise(self) -> bool:
+        """Whether a position sees its own pixel alone, as in a fully connected layer."""
         layer = self.layer
-        # torch keeps the padding of every side, last axis first, under this name for its own forward pass.
-        padding = layer._reversed_padding_repeated_twice  # noqa: SLF001
-        padded = inputs.flatten(0, 1)
-        if any(padding):
-            padded = F.pad(padded, padding, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-        for axis in (0, 1):
-            span, stride, dilation = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
-            padded = padded.unfold(2 + axis, dilation * (span - 1) + 1, stride)[..., ::dilation]
-        # unit, member, in, row, column, kernel row, kernel column
-        windows = padded.unflatten(0, inputs.shape[:2]).permute(0, 2, 5, 6, 1, 3, 4)
-        return windows.reshape(len(inputs), layer.in_channels * windows.shape[2] * windows.shape[3], -1)
+        return layer.groups == 1 and {*self._kernel, *layer.stride} == {1} and not any(self._padding)
+
+    @cached_property
+    def _factors(self) -> list[tuple[Float[Tensor, "event in *size"], Float[Tensor, "event out *size2"]]]:
+        """What is seen in patches, padded if the layer's own padding is not plain, and what it is multiplied with."""
+        if self.layer.transposed:
+            return [(grads, inputs) for inputs, grads in self.calls]
+        if not any(self._own_padding):
+            return self.calls
+        mode = "constant" if self.layer.padding_mode == "zeros" else self.layer.padding_mode
+        return [(F.pad(inputs, self._own_padding, mode=mode), grads) for inputs, grads in self.calls]
+
+    @property
+    def _own_padding(self) -> list[int]:
+        """Padding of each side, last axis first, that the convolution itself cannot do."""
+        if self.layer.padding_mode == "zeros" and not isinstance(self.layer.padding, str):
+            return []
+        # torch keeps it under this name for its own forward pass.
+        return list(self.layer._reversed_padding_repeated_twice)  # noqa: SLF001
+
+    @property
+    def _padding(self) -> list[int]:
+        return (
+            [0] * len(self._kernel)
+            if any(self._own_padding) or isinstance(self.layer.padding, str)
+            else list(self.layer.padding)
+        )
+
+    @property
+    def _kernel(self) -> tuple[int, ...]:
+        return self.layer.kernel_size
+
+    def _seen_by_elements(self, positions: torch.Size) -> product:
+        """Say for each element of the kernel which pixels it sees, along each axis, over all positions."""
+        axes = zip(self._kernel, positions, self.layer.stride, self.layer.dilation, strict=True)
+        return product(
+            *(
+                [slice(k * dilation, k * dilation + (count - 1) * stride + 1, stride) for k in range(size)]
+                for size, count, stride, dilation in axes
+            )
+        )

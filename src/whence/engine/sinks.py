@@ -8,6 +8,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from whence.engine._base import AbstractLayerFactors, squared_lengths
+from whence.projections import AbstractProjection
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,21 @@ class GatherSink:
     def __init__(self, layout: Layout, rows: Float[Tensor, "unit param"], units_per_group: int = 1):
         self.layout = layout
         self.rows = rows.zero_()  # a parameter that the output does not use is never handed over
+        self.grouped = units_per_group > 1
         self.unit_norm_squared = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-        self.group_norm_squared = torch.zeros(len(rows) // units_per_group, dtype=torch.float64, device=rows.device)
+        self.group_norm_squared = (
+            self.unit_norm_squared.new_zeros(len(rows) // units_per_group) if self.grouped else self.unit_norm_squared
+        )
 
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Put one layer's part in its place."""
-        for own, name in names.items():
-            gradients = factors.gradients[own].flatten(1)
-            self.rows[:, self.layout.spans[name]] = gradients
-            groups = gradients.unflatten(0, (len(self.group_norm_squared), -1)).sum(1)
+        for own, span, gradients in factors.pieces(names):
+            start = self.layout.spans[names[own]].start
+            self.rows[:, start + span.start : start + span.stop] = gradients
             self.unit_norm_squared += squared_lengths(gradients)
-            self.group_norm_squared += squared_lengths(groups)
+            if self.grouped:
+                groups = gradients.unflatten(0, (len(self.group_norm_squared), -1)).sum(1)
+                self.group_norm_squared += squared_lengths(groups)
 
 
 class DotSink:
@@ -63,6 +68,29 @@ class DotSink:
 
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Add one layer's part."""
-        self.norm_squared += factors.norm_squared(list(names))
-        if len(self.vectors):
-            self.dots += factors.dot({own: self.vectors[:, self.layout.spans[name]] for own, name in names.items()})
+        if not len(self.vectors):
+            self.norm_squared += factors.norm_squared(names)
+            return
+        dots, norm_squared = factors.dot({own: self.vectors[:, self.layout.spans[n]] for own, n in names.items()})
+        self.dots += dots
+        self.norm_squared += norm_squared
+
+
+class ProjectSink:
+    """Projected gradients, and their exact squared norms; no gradient outlives its layer.
+
+    Args:
+        projection: What to project with.
+        rows: Where the projected gradients go; what was there is lost.
+        with_norms: Whether exact norms are wanted.
+    """
+
+    def __init__(self, projection: AbstractProjection, rows: Float[Tensor, "unit width"], *, with_norms: bool = True):
+        self.projection = projection
+        self.rows = rows.zero_()
+        self.with_norms = with_norms
+        self.norm_squared: Float64[Tensor, " unit"] = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+
+    def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
+        """Add one layer's part."""
+        self.norm_squared += factors.project(self.projection, names, self.rows, with_norms=self.with_norms)

@@ -1,0 +1,108 @@
+"""Projections to a row that all parameters share, by a sparse sketch: ``sketch`` and ``two_sided_sketch``."""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from whence.projections._base import AbstractProjection, Space
+from whence.projections._random import signs, uniforms
+
+_FOLDS_IN_TURN = {"cpu": sys.maxsize}
+"""Folds that are added one after another, in two calls each; on a CPU that is faster than a gather of any number."""
+_FOLDS_IN_TURN_ELSEWHERE = 8
+_GATHERED_AT_ONCE = 2**26
+"""Numbers, of all units, that are gathered at a time."""
+
+
+class SketchProjection(AbstractProjection):
+    r"""Sum of the sketches of all gradients, or of all cores.
+
+    The numbers of a parameter are cut into folds of ``width``. Each fold is multiplied with random signs, rotated by a
+    random shift of its own, and added to the row. For number j with sign s_j that falls on place h_j,
+
+        <row(x), row(y)> = \sum_j x_j y_j  +  \sum_{i != j} s_i s_j x_i y_j [h_i = h_j].
+
+    The signs are independent, so the second sum is 0 on average, and in the mean of its square a pair (i, j) meets
+    only itself:
+
+        Var = \sum_{i < j} P(h_i = h_j) (x_i y_j + x_j y_i)^2.
+
+    Two numbers of one fold never meet; two of different folds meet with probability 1/width, as the difference of
+    their shifts is uniform. With x_f the part of x in fold f,
+
+        Var = (|x|^2 |y|^2 + <x, y>^2 - \sum_f (|x_f|^2 |y_f|^2 + <x_f, y_f>^2)) / width.
+
+    That is at most the variance of a count sketch (Charikar et al. 2002; Weinberger et al. 2009, arXiv:0902.2206),
+    whose folds have one number each, and it takes nothing but slices, products and sums.
+    """
+
+    def __init__(self, space: Space, width: int):
+        super().__init__(space, width)
+        self._sketch = FoldSketch(space)
+
+    def _add_flat(self, rows: Float[Tensor, "unit width"], name: str, flat: Float[Tensor, "unit number"]) -> None:
+        self._sketch.add(rows, name, flat)
+
+
+@dataclass(frozen=True)
+class _Folds:
+    """Random tables of one parameter."""
+
+    signs: Float[Tensor, " number"]
+    shifts: Int64[Tensor, " fold"]
+    starts: list[int]
+    """The shifts as Python numbers."""
+
+
+class FoldSketch:
+    """The arithmetic of :class:`SketchProjection`, into rows or into a span of them."""
+
+    def __init__(self, space: Space):
+        self._space = space
+        self._tables: dict[str, _Folds] = {}
+
+    def add(self, rows: Float[Tensor, "unit width"], name: str, flat: Float[Tensor, "unit number"]) -> None:
+        """Add the sketch of a parameter's numbers; for one parameter, ``rows`` always have the same width."""
+        width = rows.shape[1]
+        if name not in self._tables:
+            self._tables[name] = self._draw(name, flat.shape[1], width)
+        folds = self._tables[name]
+        num_gathered = flat.shape[1] // width
+        if num_gathered <= _FOLDS_IN_TURN.get(rows.device.type, _FOLDS_IN_TURN_ELSEWHERE):
+            num_gathered = 0
+        at_once = max(1, _GATHERED_AT_ONCE // max(1, rows.numel()))
+        for first in range(0, num_gathered, at_once):
+            _add_whole_folds(rows, flat, folds, slice(first, min(first + at_once, num_gathered)))
+        for fold in range(num_gathered, len(folds.starts)):
+            _add_one_fold(rows, flat, folds, fold)
+
+    def _draw(self, name: str, count: int, width: int) -> _Folds:
+        draws = uniforms(self._space.key("shifts", name), math.ceil(count / width))
+        shifts = torch.from_numpy((draws * width).astype(np.int64))
+        table = self._space.tensor(signs(self._space.key("signs", name), count))
+        return _Folds(table, shifts.to(self._space.device), shifts.tolist())
+
+
+def _add_one_fold(rows: Tensor, flat: Tensor, folds: _Folds, fold: int) -> None:
+    """Add one fold in two parts: up to the end of the rows, and on from their beginning."""
+    width, start = rows.shape[1], folds.starts[fold]
+    first = fold * width
+    last = min(first + width, flat.shape[1])
+    turn = min(first + width - start, last)
+    rows[:, start : start + turn - first].addcmul_(flat[:, first:turn], folds.signs[first:turn])
+    if turn < last:
+        rows[:, : last - turn].addcmul_(flat[:, turn:last], folds.signs[turn:last])
+
+
+def _add_whole_folds(rows: Tensor, flat: Tensor, folds: _Folds, chosen: slice) -> None:
+    """Add many folds of full width in few calls, for devices on which each call has its price."""
+    width = rows.shape[1]
+    numbers = slice(chosen.start * width, chosen.stop * width)
+    signed = (flat[:, numbers] * folds.signs[numbers]).unflatten(1, (-1, width))  # unit, fold, width
+    sources = (torch.arange(width, device=rows.device) - folds.shifts[chosen, None]) % width
+    rows += signed.gather(2, sources.expand_as(signed)).sum(1)

@@ -1,0 +1,54 @@
+"""The benchmark of the engine runs and writes what it promises. Its figures want a quiet machine and a longer run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "engine.py"
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """What a run without peers on a toy writes."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    files = ["--json", str(folder / "engine.json"), "--markdown", str(folder / "engine.md")]
+    command = [sys.executable, str(SCRIPT), "--smoke", "--no-peers", "--threads", "1", *files]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    return json.loads((folder / "engine.json").read_text()), (folder / "engine.md").read_text()
+
+
+def test_json_says_what_was_measured_where(smoke):
+    about = smoke[0]["about"]
+    assert about["threads"] == 1
+    assert {"torch", "diffusers", "whence"} <= about["versions"].keys()
+    assert {"date", "device", "command", "batch_size"} <= about.keys()
+
+
+def test_every_path_is_measured(smoke):
+    rows = smoke[0]["rows"]
+    assert {"exact norms", "exact dots, 16 vectors", "query side", "batch-of-one loop"} <= {row["path"] for row in rows}
+    for row in rows:
+        assert row["error"] is None, row
+        assert row["ratio"] > 0
+        assert row["low"] <= row["ratio"] <= row["high"]
+        assert row["bound"] is None or row["bound"] > 0
+        if sys.platform == "linux":
+            assert row["memory"] >= 0
+
+
+def test_exact_paths_agree_with_the_loop(smoke):
+    exact = [row for row in smoke[0]["rows"] if "projected" not in row["path"]]
+    # float32 sums in another order
+    assert all(row["scores_off"] < 1e-5 for row in exact if row["scores_off"] is not None)
+    norms = [row["norms_off"] for row in smoke[0]["rows"] if row["norms_off"] is not None]
+    assert len(norms) >= 4
+    assert max(norms) < 1e-5
+
+
+def test_tables_have_a_line_for_every_path(smoke):
+    result, text = smoke
+    for row in result["rows"]:
+        assert f"| {row['path']} |" in text
