@@ -103,8 +103,11 @@ def test_halves_of_tracin_average_to_the_scores(scores):
 
 
 @pytest.mark.parametrize("batch_size, block_size", [(4, 3), (64, 100)])
-def test_scores_do_not_depend_on_batch_or_block_size(subject, toy_queries, scores, tmp_path, batch_size, block_size):
-    settings = replace(SETTINGS, batch_size=batch_size, block_size=block_size, query_memory_gib=1e-9)
+def test_scores_do_not_depend_on_batch_or_block_size(
+    subject, toy_queries, scores, tmp_path, monkeypatch, batch_size, block_size
+):
+    settings = replace(SETTINGS, batch_size=batch_size, block_size=block_size)
+    monkeypatch.setattr("whence.memory.QUERY_BYTES", 1)  # every query in a turn of its own
     others = trace(subject, toy_queries, [TRACIN, RETRAC, GRAD_COS], settings, tmp_path, show_progress=False)
     for name, other in others.items():
         np.testing.assert_allclose(other.values, scores[name].values, rtol=1e-9, atol=1e-15)

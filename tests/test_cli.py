@@ -212,7 +212,9 @@ def test_a_record_that_does_not_match_the_images_is_refused(run, tmp_path, capsy
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--query-memory-gib", "nan"], "query_memory_gib must be above 0"),
+        (["--memory", "8"], "memory must be a number above 0 with a unit, such as 8GiB, 512MiB or 8GB; found '8'"),
+        (["--memory", "nan GiB"], "memory must be a number above 0"),
+        (["--memory", "0GB"], "memory must be a number above 0"),
         (["--methods", "retrack"], "Unknown method 'retrack'; known are tracin, retrac"),
         (["--draws", "3"], "even number"),
         (["--weights-name", "ema"], "no averaged weights"),
@@ -242,7 +244,7 @@ def test_a_full_disk_is_told_without_a_traceback(run, images, capsys, monkeypatc
     assert answer(capsys, "trace", run, "--queries", images, *TRACE)["rows"]
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "trace", "self", "report", "check", "show"])
+@pytest.mark.parametrize("command", ["demo", "train", "trace", "plan", "self", "report", "check", "show"])
 def test_help_is_complete(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
@@ -355,3 +357,53 @@ def test_names_of_the_package_are_what_they_say():
         assert getattr(whence, name).__name__ == name
     with pytest.raises(AttributeError, match="it has DataSettings"):
         _ = whence.nothing
+
+
+def test_index_once_query_many_times(run, tmp_path, capsys):
+    queries = save_pngs(tmp_path / "queries", count=2, seed=1)
+    asked = ["query", run, "--queries", queries, *TRACE]
+    assert "There is no store to query" in fails(capsys, *asked)
+    assert "--part must be like 2/8" in fails(capsys, "index", run, "--part", "second")
+    answer(capsys, "index", run, "--width", "64", "--block-size", "3", "--part", "1/2")
+    held = answer(capsys, "index", run, "--width", "64", "--block-size", "3")
+    assert [(row["images"], row["rows"]) for row in held["rows"]] == [(6, 6), (6, 6)]
+    ranked = answer(capsys, *asked)
+    assert {row["method"] for row in ranked["rows"]} == {"tracin", "retrac"}
+    top = answer(capsys, *asked, "--methods", "retrac", "--keep-top", "2")
+    first = [row for row in ranked["rows"] if row["method"] == "retrac" and row["rank"] <= 2]
+    assert [row["train id"] for row in top["rows"]] == [row["train id"] for row in first]
+    assert answer(capsys, "show", top["scores"]["retrac"])["rows"] == top["rows"]
+    main(["report", str(run)])
+    shown = {row["what"]: row["value"] for row in answer(capsys, "show", held["store"])["rows"]}
+    assert shown["rows"] == "64 numbers of float16" and "provenance plan" in shown
+    assert answer(capsys, "verify", run) == {"rows": [], "verified": 1}
+    answer(capsys, "index", run, "--width", "32")
+    assert "More than one store serves" in fails(capsys, *asked, "--draws", "4")
+    assert answer(capsys, *asked, "--draws", "4", "--store", held["store"])["rows"]
+    assert "grad-dot cannot be had from" in fails(capsys, *asked, "--methods", "grad-dot")
+
+
+def test_stores_are_merged_and_damage_is_named(run, tmp_path, capsys):
+    held = answer(capsys, "index", run, "--width", "64")["store"]
+    merged = answer(capsys, "merge", tmp_path / "merged", held)
+    assert merged["shards_taken_over"] == 2 and [row["images"] for row in merged["rows"]] == [6, 6]
+    assert answer(capsys, "verify", tmp_path / "merged")["rows"] == []
+    next((tmp_path / "merged").rglob("*.safetensors")).unlink()
+    with pytest.raises(SystemExit) as exit_:
+        main(["verify", str(tmp_path / "merged")])
+    assert exit_.value.code == 1 and "is missing" in capsys.readouterr().out
+    assert "is no store, and there is none" in fails(capsys, "verify", tmp_path)
+
+
+def test_a_plan_is_printed_before_anything_is_traced(run, images, capsys):
+    planned = answer(capsys, "plan", run, "--queries", images, *TRACE)
+    assert [row["checkpoint"] for row in planned["rows"]] == [2, 4]
+    assert {row["query passes"] for row in planned["rows"]} == {6 * 4 * 2}
+    assert {row["training passes a turn"] for row in planned["rows"]} == {6}
+    assert planned["passes"] == sum(row["in all"] for row in planned["rows"]) == 2 * (48 + 6)
+    assert planned["minutes"] >= 0 and planned["memory_bytes"] > 0 and planned["scores_bytes"] > 0
+    assert "index_bytes" not in planned and not (run / "scores").exists()
+    main(["plan", str(run), "--queries", str(images), *TRACE, "--index"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^memory: \d+MiB$", printed, re.MULTILINE) and "index: " in printed
+    assert "smallest bound that does" in fails(capsys, "plan", run, "--queries", images, *TRACE, "--memory", "1MiB")

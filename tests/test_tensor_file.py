@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from whence._tensor_file import code_of, from_bfloat16, map_tensor, pack, to_bfloat16
+from whence._tensor_file import code_of, from_bfloat16, map_tensors, pack, to_bfloat16
 
 
 @given(arrays(np.float32, 9, elements=st.floats(width=32, allow_nan=True)))
@@ -32,7 +32,7 @@ def test_every_dtype_is_that_of_safetensors(tmp_path, name):
     found = safetensors.numpy.load_file(tmp_path / "x")["a"]
     np.testing.assert_array_equal(found, want)
     assert code_of(want.dtype) == name
-    np.testing.assert_array_equal(map_tensor(tmp_path / "x", "a")[1], want)
+    np.testing.assert_array_equal(map_tensors(tmp_path / "x")["a"][1], want)
 
 
 def test_all_arrays_are_aligned(tmp_path):
@@ -40,7 +40,7 @@ def test_all_arrays_are_aligned(tmp_path):
     tensors |= {"c": ("F64", np.arange(3.0)), "d": ("BF16", np.arange(6, dtype=np.uint16).reshape(2, 3))}
     (tmp_path / "x").write_bytes(b"".join(pack(tensors)))
     for name, (code, want) in tensors.items():
-        found_code, found = map_tensor(tmp_path / "x", name)
+        found_code, found = map_tensors(tmp_path / "x")[name]
         assert found_code == code and found.flags.aligned and found.shape == want.shape
         np.testing.assert_array_equal(found, want)
 

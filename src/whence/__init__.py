@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from whence.config import DataSettings as DataSettings
+    from whence.config import IndexSettings as IndexSettings
     from whence.config import ModelSettings as ModelSettings
+    from whence.config import QuerySettings as QuerySettings
     from whence.config import TraceSettings as TraceSettings
     from whence.config import TrainingSettings as TrainingSettings
     from whence.data import ImageData as ImageData
@@ -24,10 +26,13 @@ if TYPE_CHECKING:
     from whence.record import Record as Record
     from whence.recorder import Recorder as Recorder
     from whence.scores import Scores as Scores
+    from whence.store import Store as Store
 
 _HOME = {
     "DataSettings": "whence.config",
+    "IndexSettings": "whence.config",
     "ModelSettings": "whence.config",
+    "QuerySettings": "whence.config",
     "TraceSettings": "whence.config",
     "TrainingSettings": "whence.config",
     "ImageData": "whence.data",
@@ -43,6 +48,7 @@ _HOME = {
     "Record": "whence.record",
     "Recorder": "whence.recorder",
     "Scores": "whence.scores",
+    "Store": "whence.store",
 }
 
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -60,20 +60,22 @@ def pack(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
     return [len(text).to_bytes(8, "little"), text, *pieces]
 
 
-def map_tensor(path: Path, name: str) -> Tensor:
-    """Map one array of a file into memory, without a copy; it costs a file handle for as long as it lives.
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Map all arrays of a file into memory, without a copy; it costs a file handle for as long as one of them lives.
 
-    Raises OSError or ValueError where the file does not hold it whole.
+    Raises OSError or ValueError where the file does not hold them whole.
     """
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     start = 8 + int.from_bytes(mapped[:8], "little")
     header = json.loads(mapped[8:start])
-    if not isinstance(header, dict) or name not in header:
-        raise ValueError(f"it holds no array {name!r}")
-    code, shape, first = header[name]["dtype"], header[name]["shape"], header[name]["data_offsets"][0]
-    array = np.frombuffer(mapped, DTYPE_OF[code], prod(shape), start + first)
-    return code, array.reshape(shape)
+    if not isinstance(header, dict):
+        raise ValueError("its header is no table of arrays")
+    tensors = {}
+    for name, entry in header.items():
+        code, shape, first = entry["dtype"], entry["shape"], entry["data_offsets"][0]
+        tensors[name] = code, np.frombuffer(mapped, DTYPE_OF[code], prod(shape), start + first).reshape(shape)
+    return tensors
 
 
 def to_bfloat16(values: Float32[ndarray, "*shape"]) -> UInt16[ndarray, "*shape"]:

@@ -1,8 +1,10 @@
 """Attribution: from checkpoints, training images and queries to scores on disk, by any of the methods."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,19 @@ from numpy import ndarray
 
 from whence._files import sha256_of_json
 from whence.checkpoints import check_same_architecture
-from whence.config import DtypeName, TraceSettings, WeightsName
+from whence.config import AutocastName, DtypeName, TraceSettings, WeightsName
 from whence.data import ImageData
 from whence.diffusion.noise import noise_key, normals
 from whence.errors import ConfigError, ScoresError, check_choice
 from whence.event_table import check_same_data
+from whence.memory import Limits, choose_limits, measure_footprint, parse_memory
 from whence.methods import Baseline, Grid, Method, Replay
 from whence.methods.frame import ReplayedVisits
 from whence.scores import Scores
-from whence.streaming import StreamingPass, check_method, claim, num_phases
+from whence.streaming import StreamingPass, claim
 from whence.subject import Subject
 from whence.training import check_device
+from whence.workload import Workload, check_method, num_phases
 
 SCORING_VERSION = 1
 """Part of every hash of scores; counts up when the same settings give other scores."""
@@ -96,38 +100,94 @@ def trace(
         CheckpointError: If checkpoints are damaged, differ in architecture, or take images of another size.
         NumericsError: If a gradient is not finite.
     """
+    work = prepare(subject, queries, methods, settings, folder)
+
+    def save(scores: Scores, computed_with: dict[str, Any]) -> None:
+        name = scores.method
+        notes = work.notes[name] + notes_on(scores, subject, settings)
+        replace(scores, details=work.specs[name] | {"notes": notes} | computed_with).save(work.folders[name])
+
+    for baseline in work.baselines:
+        if baseline in work.wanted:
+            save(_baseline(baseline, subject, queries, settings), {})
+    footprint = cache(lambda: measure_footprint(subject, settings))
+    limits = [
+        choose_limits(load.demand, settings, footprint) if work.is_wanted(load) or settings.memory is None else None
+        for load in work.loads
+    ]  # all of them before the first is run: what does not fit is said at once
+    for load, limit in zip(work.loads, limits, strict=True):
+        if limit is not None:
+            _stream(work, load, limit, folder / "cache", save, show_progress)
+    return {name: load_own_scores(path, work.specs[name]) for name, path in work.folders.items()}
+
+
+@dataclass(frozen=True)
+class TraceWork:
+    """What is to be done for some methods, and where it goes."""
+
+    specs: dict[str, dict[str, Any]]
+    """All that a method's scores depend on."""
+    notes: dict[str, list[str]]
+    folders: dict[str, Path]
+    wanted: list[Method | Baseline]
+    """Those whose scores are not on disk."""
+    baselines: list[Baseline]
+    loads: list[Workload]
+    """Methods of one load share a pass, be they wanted or not: which ones do decides how its sums are rounded."""
+
+    def is_wanted(self, load: Workload) -> bool:
+        """Tell whether a pass has to be made."""
+        return any(method in self.wanted for method in load.methods)
+
+
+def prepare(
+    subject: Subject, queries: ImageData, methods: Sequence[Method | Baseline], settings: TraceSettings, folder: Path
+) -> TraceWork:
+    """Check everything that can be checked without a model, and say what there is to do; see :func:`trace`.
+
+    Returns:
+        The work.
+    """
     check_trace_settings(settings)
-    declared = [declare(method, settings, has_record=subject.record is not None) for method in methods]
-    _check_methods([method for method, _ in declared], settings)
+    pairs = [declare(method, settings, has_record=subject.record is not None) for method in methods]
+    declared = [method for method, _ in pairs]
+    _check_methods(declared, settings)
     check_same_architecture(subject.checkpoints, settings.weights_name)
     _check_query_size(subject.train, queries)
     if subject.record is not None:
         check_same_data(subject.record, subject.train)
-    specs = {method.name: _spec(method, subject, queries, settings) for method, _ in declared}
-    notes = {method.name: notes for method, notes in declared}
+    specs = {method.name: _spec(method, subject, queries, settings) for method in declared}
     folders = {name: folder / "scores" / f"{name}-{sha256_of_json(spec)[:8]}" for name, spec in specs.items()}
-    wanted = [method for method, _ in declared if not (folders[method.name] / "manifest.json").exists()]
+    groups = _groups([m for m in declared if isinstance(m, Method)])
+    return TraceWork(
+        specs,
+        {method.name: notes for method, notes in pairs},
+        folders,
+        wanted=[method for method in declared if not (folders[method.name] / "manifest.json").exists()],
+        baselines=[method for method in declared if isinstance(method, Baseline)],
+        loads=[Workload(subject, queries, group, settings) for group in groups],
+    )
 
-    def save(scores: Scores) -> None:
-        name = scores.method
-        details = specs[name] | {"notes": notes[name] + notes_on(scores, subject, settings)}
-        if scores.query_timesteps is not None:
-            details["computed_with"] = _computed_with(settings)
-        replace(scores, details=details).save(folders[name])
 
-    for baseline in (m for m in wanted if isinstance(m, Baseline)):
-        save(_baseline(baseline, subject, queries, settings))
-    # A pass is made of all methods asked for, wanted or not: which ones share it decides how its sums are rounded.
-    for group in _groups([m for m, _ in declared if isinstance(m, Method)]):
-        key = sha256_of_json([[specs[m.name] for m in group], _computed_with(settings)])[:16]
-        with claim(folder / "cache" / key):
-            work = StreamingPass(subject, queries, group, settings, folder / "cache" / key, show_progress)
-            if any(method in wanted for method in group):
-                for scores in work.run():
-                    if scores.method in {method.name for method in wanted}:
-                        save(scores)
-            work.clean()
-    return {name: load_own_scores(path, specs[name]) for name, path in folders.items()}
+def _stream(
+    work: TraceWork,
+    load: Workload,
+    limits: Limits,
+    cache_folder: Path,
+    save: Callable[[Scores, dict[str, Any]], None],
+    show_progress: bool,
+) -> None:
+    """Make one pass, and remove its cache once the scores are written."""
+    computed_with = describe_arithmetic(load.settings, limits)
+    key = sha256_of_json([[work.specs[m.name] for m in load.methods], computed_with])[:16]
+    load = replace(load, settings=replace(load.settings, batch_size=limits.batch_size))
+    with claim(cache_folder / key):
+        streaming = StreamingPass(load, limits.query_bytes, cache_folder / key, show_progress)
+        if work.is_wanted(load):
+            for scores in streaming.run():
+                if scores.method in {method.name for method in work.wanted}:
+                    save(scores, {"computed_with": computed_with})
+        streaming.clean()
 
 
 def load_own_scores(folder: Path, spec: dict[str, Any]) -> Scores:
@@ -154,16 +214,27 @@ def check_trace_settings(settings: TraceSettings) -> None:
     """
     check_choice("weights_name", settings.weights_name, WeightsName)
     check_choice("dtype", settings.dtype, DtypeName)
+    check_choice("autocast", settings.autocast, AutocastName)
     if settings.replay is not None:
         check_choice("replay", settings.replay, ReplayedVisits)
     positive = ["timesteps", "draws", "train_timesteps", "train_draws", "phases"]
-    positive += ["batch_size", "block_size", "query_memory_gib"]
+    positive += ["batch_size", "block_size"]
     values = {name: getattr(settings, name) for name in positive}
     # Not v <= 0, which NaN is not.
     faults = [f"{n} must be above 0, found {v}" for n, v in values.items() if v is not None and not 0 < v < math.inf]
     if faults:
         raise ConfigError("; ".join(faults) + ".")
+    if settings.memory is not None:
+        parse_memory(settings.memory)
     check_device(settings.device)
+    on_gpu = torch.device(settings.device).type == "cuda"
+    if settings.dtype == "float64" and settings.autocast != "no":
+        raise ConfigError(
+            f"dtype float64 is for exact scores, and autocast {settings.autocast} rounds what enters them; use one of "
+            "the two."
+        )
+    if settings.tf32 and not on_gpu:
+        warnings.warn(f"tf32 has no effect on {settings.device}: it is a type of CUDA devices.", stacklevel=2)
 
 
 def _check_methods(methods: Sequence[Method | Baseline], settings: TraceSettings) -> None:
@@ -206,12 +277,12 @@ def _spec(method: Method | Baseline, subject: Subject, queries: ImageData, setti
     }
 
 
-def _computed_with(settings: TraceSettings) -> dict[str, Any]:
-    """What changes scores by rounding only."""
+def describe_arithmetic(settings: TraceSettings, limits: Limits) -> dict[str, Any]:
+    """Name what changes scores by rounding only."""
     return {
-        "batch_size": settings.batch_size,
+        "batch_size": limits.batch_size,
         "block_size": settings.block_size,
-        "query_memory_gib": settings.query_memory_gib,
+        "query_bytes": limits.query_bytes,
         "device": settings.device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

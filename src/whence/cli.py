@@ -17,12 +17,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from whence.config import DataSettings, LossName, ModelSettings, TraceSettings, TrainingSettings
+from whence.config import (
+    DataSettings,
+    IndexSettings,
+    LossName,
+    ModelSettings,
+    QuerySettings,
+    RowsDtype,
+    TraceSettings,
+    TrainingSettings,
+)
 from whence.errors import ConfigError, WhenceError
 
 if TYPE_CHECKING:
     from whence.pipeline import Run
-    from whence.scores import Scores
+    from whence.scores import Scores, TopScores
+    from whence.store import Store
 
 Flat = tyro.conf.OmitArgPrefixes
 
@@ -120,6 +130,178 @@ def trace(
     run = open_run(model, data=data, data_settings=_given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle)
     scores = run.trace(queries, methods, settings)
     _print_rankings(list(scores.values()), top, json)
+
+
+def plan(
+    model: Positional[Path],
+    /,
+    *,
+    queries: tuple[str, ...],
+    methods: tuple[str, ...] = ("tracin", "retrac"),
+    data: str | None = None,
+    out: Path | None = None,
+    loss: LossName | None = None,
+    allow_pickle: bool = False,
+    index: bool = False,
+    width: int = 4096,
+    rows: RowsDtype = "float16",
+    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
+    settings: Flat[TraceSettings] = TraceSettings(),  # noqa: B008
+    json: bool = False,
+) -> None:
+    """Say what `whence trace` with the same options will cost: passes, minutes, memory, disk. Nothing is traced.
+
+    Takes some seconds, in which a few batches are timed. What is on disk already costs nothing.
+
+    Args:
+        model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
+        queries: Query images: folders, files, or demo-queries.
+        methods: Any of tracin, retrac, grad-dot, grad-cos, pixels, random.
+        data: Training images. A run knows its own.
+        out: Folder for scores and report, where the model was not trained by whence.
+        loss: Training loss of a model without a record. Default: mse.
+        allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
+        index: Plan an index of projected gradients and queries to it, instead of a trace.
+        width: Numbers in a row of the index.
+        rows: Type of the index's rows.
+        data_settings: How images are read. Default: as the run did.
+        settings: Size of the grids, arithmetic, memory, batch sizes.
+        json: Print the plan as JSON.
+    """
+    from whence.memory import format_memory
+    from whence.pipeline import open_run
+    from whence.plan import StoreShape
+
+    run = open_run(model, data=data, data_settings=_given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle)
+    shape = StoreShape(width, rows) if index else None
+    made = run.plan(queries, methods, settings, index=shape)
+    columns = ["methods", "checkpoint", "batch size", "query passes", "turns", "training passes a turn", "in all"]
+    table = [
+        ["+".join(one.methods), c.step, one.batch_size, c.query, one.turns, c.train, c.query + one.turns * c.train]
+        for one in made.passes
+        for c in one.passes
+    ]
+    sizes = {"memory": made.peak_bytes, "scores": made.score_bytes, "cache": made.cache_bytes}
+    sizes |= {"index": made.store_bytes} if index else {}
+    if json:
+        extra = {f"{name}_bytes": num_bytes for name, num_bytes in sizes.items()}
+    else:
+        extra = {name: format_memory(num_bytes) for name, num_bytes in sizes.items()}
+    minutes = round(made.minutes, 2)
+    _print_table(columns, table, json, passes=made.sample_passes, minutes=minutes, **extra)
+
+
+def index(
+    model: Positional[Path],
+    /,
+    *,
+    part: str | None = None,
+    data: str | None = None,
+    out: Path | None = None,
+    loss: LossName | None = None,
+    allow_pickle: bool = False,
+    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
+    settings: Flat[IndexSettings] = IndexSettings(),  # noqa: B008
+    json: bool = False,
+) -> None:
+    """Put projected gradients of all training images into a store, so that any number of queries cost little later.
+
+    Run again, it goes on from there; run twice at once, both share the work.
+
+    Args:
+        model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
+        part: Do only this part of the work, as 2/8 for the second of eight; for jobs on several machines.
+        data: Training images. A run knows its own.
+        out: Folder for the store, where the model was not trained by whence.
+        loss: Training loss of a model without a record. Default: mse.
+        allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
+        data_settings: How images are read. Default: as the run did.
+        settings: Which gradients, their projection, arithmetic.
+        json: Print what the store holds as JSON.
+    """
+    from whence.indexing import notes_on_store
+    from whence.pipeline import open_run
+
+    run = open_run(model, data=data, data_settings=_given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle)
+    store = run.index(settings, part=None if part is None else _part(part))
+    rows = [[step, len(store.ids(step)), store.num_rows(step)] for step in store.steps]
+    _print_table(["step", "images", "rows"], rows, json, store=str(store.folder), notes=notes_on_store(store))
+
+
+def query(
+    model: Positional[Path],
+    /,
+    *,
+    queries: tuple[str, ...],
+    methods: tuple[str, ...] = ("tracin", "retrac"),
+    store: Path | None = None,
+    keep_top: int | None = None,
+    data: str | None = None,
+    out: Path | None = None,
+    loss: LossName | None = None,
+    allow_pickle: bool = False,
+    top: int = 5,
+    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
+    settings: Flat[QuerySettings] = QuerySettings(),  # noqa: B008
+    json: bool = False,
+) -> None:
+    """Rank the training images of a model for each query image, from a store that `whence index` has made.
+
+    Args:
+        model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
+        queries: Query images: folders, files, or demo-queries.
+        methods: Any of tracin, retrac, grad-dot, grad-cos that the store can serve.
+        store: The store. Default: the one of the run that serves the methods.
+        keep_top: Keep only so many training images of each query, where all scores would be too many. No page then.
+        data: Training images. A run knows its own.
+        out: Folder of the stores and scores, where the model was not trained by whence.
+        loss: Training loss of a model without a record. Default: mse.
+        allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
+        top: Training images to print for each query.
+        data_settings: How images are read. Default: as the run did.
+        settings: Size of the query grid, batch size.
+        json: Print the rankings as JSON.
+    """
+    from whence.pipeline import open_run
+
+    run = open_run(model, data=data, data_settings=_given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle)
+    scores = run.query(queries, methods, settings, store=store, top=keep_top)
+    _print_rankings(list(scores.values()), top, json)
+
+
+def verify(path: Positional[Path], /, *, json: bool = False) -> None:
+    """Read all of a store, or of all stores of a run, and name what is damaged, missing or left behind.
+
+    Ends with status 1 where something is.
+
+    Args:
+        path: A store or a run.
+        json: Print the findings as JSON.
+    """
+    stores = _open_stores(path)
+    findings = [[str(store.folder), finding] for store in stores for finding in store.verify()]
+    _print_table(["store", "finding"], findings, json, verified=len(stores))
+    if findings:
+        sys.exit(1)
+
+
+def merge(target: Positional[Path], sources: Positional[tuple[Path, ...]], /, *, json: bool = False) -> None:
+    """Take the shards of stores that were filled apart over into one of them, or into a new folder.
+
+    Args:
+        target: Store that is to hold everything.
+        sources: Stores of the same specification; they stay as they are.
+        json: Print the result as JSON.
+    """
+    from whence.store import Store, merge_stores
+
+    found = [Store.open(source) for source in sources]
+    if not (target / "manifest.json").exists() and found:
+        Store.create(target, found[0].spec, width=found[0].width, dtype=found[0].dtype)
+    opened = Store.open(target)
+    count = merge_stores(opened, found)
+    rows = [[step, len(opened.ids(step)), opened.num_rows(step)] for step in opened.steps]
+    _print_table(["step", "images", "rows"], rows, json, store=str(target), shards_taken_over=count)
 
 
 def self_(
@@ -229,7 +411,7 @@ def show(
     data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
     json: bool = False,
 ) -> None:
-    """Show what is in a run, a record, a checkpoint folder or a folder of scores; or the events of training images.
+    """Show what is in a run, record, checkpoint folder, store or folder of scores; or the events of training images.
 
     Args:
         path: What to look at.
@@ -257,6 +439,10 @@ def show(
         from whence.scores import Scores
 
         _print_rankings([Scores.load(path)], top, json)
+    elif (path / "top.json").exists():
+        from whence.scores import TopScores
+
+        _print_rankings([TopScores.load(path)], top, json)
     else:
         _print_table(["what", "value"], _contents(path), json)
 
@@ -267,9 +453,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "demo": demo,
         "train": train,
         "trace": trace,
+        "plan": plan,
         "self": self_,
+        "index": index,
+        "query": query,
         "report": report,
         "check": check,
+        "verify": verify,
+        "merge": merge,
         "show": show,
     }
     warnings.showwarning = _show_warning
@@ -348,6 +539,8 @@ def _contents(path: Path) -> list[list[Any]]:
     from whence.record import Record
     from whence.scores import Scores
 
+    if (path / "manifest.json").exists() and "spec_sha256" in (path / "manifest.json").read_text():
+        return _contents_of_store(path)
     rows: list[list[Any]] = []
     record_folder = path if (path / "manifest.json").exists() else path / "record"
     if (record_folder / "manifest.json").exists():
@@ -367,6 +560,7 @@ def _contents(path: Path) -> list[list[Any]]:
     except CheckpointError:
         if not rows:
             raise
+    rows += [["store", str(manifest.parent)] for manifest in sorted((path / "stores").glob("*/manifest.json"))]
     for manifest in sorted((path / "scores").glob("*/manifest.json")):
         try:
             scores = Scores.load(manifest.parent)
@@ -380,7 +574,39 @@ def _contents(path: Path) -> list[list[Any]]:
     return rows
 
 
-def _print_rankings(scores: "Sequence[Scores]", top: int, json: bool) -> None:
+def _contents_of_store(path: Path) -> list[list[Any]]:
+    from whence.store import Store
+
+    store = Store.open(path)
+    rows: list[list[Any]] = [["rows", f"{store.width} numbers of {store.dtype}"]]
+    rows += [[f"step {step}", f"{len(store.ids(step))} images, {store.num_rows(step)} rows"] for step in store.steps]
+    for part in ("space", "provenance"):
+        fields = store.spec.get(part, {})
+        rows += [[f"{part} {name}", jsonlib.dumps(value)] for name, value in fields.items() if name != "parameters"]
+    return [*rows, ["specification", store.spec_sha256]]
+
+
+def _open_stores(path: Path) -> "list[Store]":
+    from whence.errors import StoreError
+    from whence.store import Store
+
+    if (path / "manifest.json").exists():
+        return [Store.open(path)]
+    folders = sorted((path / "stores").glob("*"))
+    if not folders:
+        raise StoreError(f"{path} is no store, and there is none in {path / 'stores'}. Make one with `whence index`.")
+    return [Store.open(folder) for folder in folders]
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Read 2/8 as (2, 8)."""
+    which, slash, count = text.partition("/")
+    if not (slash and which.isdecimal() and count.isdecimal()):
+        raise ConfigError(f"--part must be like 2/8, the second of eight; found {text}.")
+    return int(which), int(count)
+
+
+def _print_rankings(scores: "Sequence[Scores | TopScores]", top: int, json: bool) -> None:
     rows = [
         [s.method, query_id, e.rank, e.train_id, e.score]
         for s in scores

@@ -11,6 +11,9 @@ LossName = Literal["mse", "l1"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 WeightsName = Literal["raw", "ema"]
 DtypeName = Literal["float32", "float64"]
+ProjectionKind = Literal["two_sided_sketch", "two_sided", "sketch", "gaussian", "rademacher", "identity"]
+RowsDtype = Literal["float16", "bfloat16", "float32"]
+AutocastName = Literal["no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -89,21 +92,39 @@ class TrainingSettings:
     """Mirror half of the visits left to right. Each flip is part of the record."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights with this decay, beside the raw ones."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: AutocastName = "no"
     """Autocast type of the forward pass. fp16 needs a GPU."""
     seed: int = 0
     """Seed of the initial weights, the order of the images, noise, timesteps and flips."""
 
 
 @dataclass(frozen=True)
-class TraceSettings:
-    """How queries are compared with training images. What is not given is as the method declares it."""
+class ComputeSettings:
+    """How much is done at once, and where: it changes results by rounding only."""
+
+    batch_size: int = 64
+    """Events in one forward and backward pass; at most, where memory is given."""
+    device: str = "cpu"
+    """Torch device, for example cpu or cuda:0."""
+
+
+@dataclass(frozen=True)
+class QuerySettings(ComputeSettings):
+    """How the gradients of queries are taken. What is not given is as the method declares it."""
 
     timesteps: int | None = None
     """Timesteps of the query grid, evenly spaced on 1..T-1. By default 100 for tracin and retrac."""
     draws: int | None = None
     """Noise draws at each timestep of the query grid: an even number, or 1 (then no reliability can be given). By
     default 16 for tracin and retrac."""
+    phases: int | None = None
+    """Bins of query timesteps for which scores are kept apart, from least noise to most. By default 4."""
+
+
+@dataclass(frozen=True)
+class GradientSettings(ComputeSettings):
+    """Which gradients stand for training images, and in which arithmetic all gradients are taken."""
+
     replay: Literal["last", "all"] | None = None
     """Which visits of a training image stand for it at a checkpoint: the last one, or every one since the previous. By
     default the last."""
@@ -113,19 +134,53 @@ class TraceSettings:
     """Noise draws at each timestep of that grid. By default 1."""
     parameters: tuple[str, ...] = ("*",)
     """Parameters whose gradients count, by shell-style patterns over their names."""
-    phases: int | None = None
-    """Bins of query timesteps for which scores are kept apart, from least noise to most. By default 4."""
     weights_name: WeightsName = "raw"
     """Which weights of a checkpoint: the trained ones, or their moving average."""
-    batch_size: int = 64
-    """Events in one forward and backward pass."""
+    uncovered: Literal["exact", "refuse"] = "exact"
+    """Parameters outside the layers that are known: taken by running the model again for each sample, or refused."""
     block_size: int = 256
     """Training images in one unit of work: what a killed run loses at most."""
-    query_memory_gib: float = 4.0
-    """Memory for query gradients, in GiB. Beyond it, queries are traced in turns: a pass over the training set each."""
     dtype: DtypeName = "float32"
     """Arithmetic of the forward pass, gradients and dot products."""
-    device: str = "cpu"
-    """Torch device, for example cpu or cuda:0."""
+    autocast: AutocastName = "no"
+    """Coarser type of the forward pass, whatever training used; gradients, norms and dot products stay in dtype. Faster
+    on a GPU; scores are off by that type's rounding."""
+    tf32: bool = False
+    """Let CUDA multiply float32 as TensorFloat32: faster, and off by about one in a thousand."""
     seed: int = 0
     """Seed of the noise of queries and grids."""
+
+
+@dataclass(frozen=True)
+class TraceSettings(QuerySettings, GradientSettings):
+    """How queries are compared with training images. What is not given is as the method declares it."""
+
+    memory: str | None = None
+    """Bound on the memory for weights, query gradients and activations, such as 8GiB; Python and torch themselves come
+    on top. Sets the batch size and how many queries are held at once: each further turn of queries is a pass over the
+    training set. By default 4GiB for query gradients, and as much as the batch size needs for the rest."""
+
+
+@dataclass(frozen=True)
+class IndexSettings(GradientSettings):
+    """What a store of projected training gradients holds."""
+
+    grid: bool = False
+    """Take training images on a grid even where their training is on record, as grad-dot and grad-cos need it."""
+    checkpoints: Literal["all", "last"] = "all"
+    """At which checkpoints. grad-dot and grad-cos need the last one only."""
+    keep: Literal["units", "sum"] = "units"
+    """Rows of an image: one for each of its events (a visit; a timestep of a grid), or one for their sum, plain and of
+    unit-length gradients. Sums take less room, and cannot be weighted otherwise later."""
+    projection: ProjectionKind = "two_sided_sketch"
+    """How gradients are projected."""
+    width: int = 4096
+    """Numbers in a row. Kinds identity and two_sided have the width that follows from the parameters."""
+    side: int = 32
+    """Two-sided kinds shrink a side of a layer's gradient to this."""
+    projection_seed: int = 0
+    """Seed of the projection."""
+    rows: RowsDtype = "float16"
+    """Type of the rows on disk."""
+    norms: Literal["exact", "projected"] = "exact"
+    """Lengths of gradients: exact, or those of the projected gradients, which take less time and are less exact."""

@@ -19,23 +19,27 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from numpy import ndarray
-from torch import Tensor
+from torch import Tensor, nn
 
-from whence.config import LossName
+from whence.config import AutocastName, LossName
 from whence.data import ImageData
 from whence.diffusion.adapters import predict
 from whence.diffusion.objectives import sample_loss
 from whence.diffusion.process import NoiseProcess
 from whence.engine._base import squared_lengths
-from whence.engine.capture import Capture
+from whence.engine.capture import Capture, Uncovered
 from whence.engine.check import check_against_autograd
 from whence.engine.sinks import DotSink, GatherSink, Layout, ProjectSink
 from whence.errors import ConfigError, NumericsError
 from whence.event_table import EventTable, grid_events, make_batch
 from whence.methods.frame import Grid
+from whence.precision import autocast, output_scale, tensor_float_32
 from whence.projections import AbstractProjection
 
 Family = Literal["none", "timestep"]
+
+GATHER_BYTES = 4 * 2**30
+"""Whole gradients that are held at once in the making of sums, at most; one point of a grid in any case."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,9 @@ class GradientSource:
         batch_size: Events in one forward and backward pass.
         label: Name of the checkpoint, for messages.
         patterns: Which parameters, by shell-style patterns over their names.
-        memory_gib: Bound on the whole gradients that are held at once in the making of sums.
+        uncovered: What is done with parameters that belong to no layer that can be captured.
+        autocast: Type of the forward pass, where it is coarser than that of the parameters.
+        tf32: Let CUDA multiply with the digits of TensorFloat32.
     """
 
     def __init__(
@@ -92,15 +98,18 @@ class GradientSource:
         label: str,
         *,
         patterns: Sequence[str] = ("*",),
-        memory_gib: float = 4.0,
+        uncovered: Uncovered = "exact",
+        autocast: AutocastName = "no",
+        tf32: bool = False,
     ):
         self.model = model
         self.process = process
         self.loss: LossName = loss
         self.batch_size = batch_size
         self.label = label
-        self.memory_bytes = memory_gib * 2**30
-        self.capture = Capture(model, patterns)
+        self.autocast: AutocastName = autocast
+        self.tf32 = tf32
+        self.capture = Capture(model, patterns, uncovered)
         self.layout = Layout.of(self.capture.parameters)
         parameter = next(iter(self.capture.parameters.values()))
         self.dtype, self.device = parameter.dtype, parameter.device
@@ -127,9 +136,9 @@ class GradientSource:
         for start in range(0, len(table), self.batch_size):
             events = table.take(slice(start, start + self.batch_size))
             sink = DotSink(self.layout, vectors, len(events))
-            self._backward(events, images, len(events), 1.0, [sink])
-            norms[start : start + len(events)] = sink.norm_squared.sqrt().cpu().numpy()
-            dots[start : start + len(events)] = sink.dots.double().cpu().numpy()
+            scale = self._backward(events, images, len(events), 1.0, [sink])
+            norms[start : start + len(events)] = (sink.norm_squared.sqrt() / scale).cpu().numpy()
+            dots[start : start + len(events)] = (sink.dots.double() / scale).cpu().numpy()
             self._check_finite(norms[start : start + len(events)], events, images)
             update(len(events))
         return dots, norms
@@ -146,6 +155,7 @@ class GradientSource:
         halves: bool,
         seed: int,
         update: Callable[[int], Any],
+        out: Float[Tensor, "sample vector param"] | None = None,
     ) -> list[GridVectors]:
         """Sum the gradients of samples over a grid of timesteps and draws.
 
@@ -159,6 +169,7 @@ class GradientSource:
             halves: Also keep sums over half of the draws; their number must be even.
             seed: Seed of the noise.
             update: Called with the number of events done.
+            out: Where the sums go, if not into memory of their own; what was there is lost.
 
         Returns:
             One per sample.
@@ -168,7 +179,9 @@ class GradientSource:
             NumericsError: If a gradient is not finite.
         """
         num_rows = sum(num_vectors(family, phases, halves) for family in families)
-        sums = torch.zeros(len(rows), num_rows, self.layout.num_params, dtype=self.dtype, device=self.device)
+        shape = (len(rows), num_rows, self.layout.num_params)
+        sums = torch.empty(shape, dtype=self.dtype, device=self.device) if out is None else out
+        sums.zero_()
         norms = np.empty((len(rows), grid.timesteps))
         parts = 2 if halves else 1
         for samples, steps, lengths, gradients in self._grid_points(images, rows, side, grid, parts, seed, update):
@@ -176,7 +189,9 @@ class GradientSource:
             for sample in np.unique(samples):
                 first, after = np.searchsorted(samples, [sample, sample + 1])
                 phase_of_point = torch.from_numpy(steps[first:after] * phases // grid.timesteps)
-                factors = _coefficients(lengths[first:after], phase_of_point, families, phases, halves) / grid.timesteps
+                factors = (
+                    sum_coefficients(lengths[first:after], phase_of_point, families, phases, halves) / grid.timesteps
+                )
                 sums[sample].addmm_(factors.flatten(1).to(sums), gradients[first * parts : after * parts])
         return [GridVectors(vectors, norm) for vectors, norm in zip(sums, norms, strict=True)]
 
@@ -188,32 +203,38 @@ class GradientSource:
         update: Callable[[int], Any],
         *,
         with_norms: bool = True,
-    ) -> tuple[Float[Tensor, "event width"], Float64[ndarray, " event"]]:
-        """Project each event's gradient.
+        events_per_unit: int = 1,
+    ) -> tuple[Float[Tensor, "unit width"], Float64[ndarray, " unit"]]:
+        """Project the gradients of events, one by one or averaged.
 
         Args:
-            table: Events; each is a unit.
+            table: Events.
             images: The images that they point into.
             projection: What to project with; made for this source's parameters.
             update: Called with the number of events done.
             with_norms: Also give exact lengths; without, they are those of the projected gradients.
+            events_per_unit: So many consecutive events are averaged to one unit, such as the draws of one timestep.
 
         Returns:
             Projected gradients, not divided by their lengths; and the gradients' lengths.
 
         Raises:
+            ConfigError: If the events of a unit do not fit into a batch.
             NumericsError: If a gradient is not finite.
         """
-        rows = torch.empty(len(table), projection.width, dtype=self.dtype, device=self.device)
-        norms = np.empty(len(table))
-        for start in range(0, len(table), self.batch_size):
-            events = table.take(slice(start, start + self.batch_size))
-            here = slice(start, start + len(events))
+        self._check_batch_holds(events_per_unit)
+        num_units, units_per_batch = len(table) // events_per_unit, self.batch_size // events_per_unit
+        rows = torch.empty(num_units, projection.width, dtype=self.dtype, device=self.device)
+        norms = np.empty(num_units)
+        for start in range(0, num_units, units_per_batch):
+            here = slice(start, min(start + units_per_batch, num_units))
+            events = table.take(slice(start * events_per_unit, here.stop * events_per_unit))
             sink = ProjectSink(projection, rows[here], with_norms=with_norms)
-            self._backward(events, images, len(events), 1.0, [sink])
+            scale = self._backward(events, images, here.stop - start, 1.0 / events_per_unit, [sink])
             norm_squared = sink.norm_squared if with_norms else squared_lengths(rows[here])
-            norms[here] = norm_squared.sqrt().cpu().numpy()
-            self._check_finite(norms[here], events, images)
+            norms[here] = (norm_squared.sqrt() / scale).cpu().numpy()
+            rows[here] /= scale
+            self._check_finite(norms[here], events.take(slice(0, None, events_per_unit)), images)
             update(len(events))
         return rows, norms
 
@@ -280,26 +301,68 @@ class GradientSource:
         Raises:
             ConfigError: If the draws at one timestep do not fit into a batch.
         """
-        if grid.draws > self.batch_size:
-            raise ConfigError(
-                f"All draws of a timestep go through the network at once, so batch_size must be at least {grid.draws}; "
-                f"found {self.batch_size}."
-            )
+        self._check_batch_holds(grid.draws)
         table = grid_events(images, rows, side, grid, self.process.num_timesteps, seed)
-        point_bytes = parts * self.layout.num_params * self.dtype.itemsize
-        points_per_batch = max(1, min(self.batch_size // grid.draws, int(self.memory_bytes // point_bytes)))
+        points_per_batch = points_at_once(self.batch_size, grid, parts * self.gradient_bytes)
         buffer = torch.empty(points_per_batch * parts, self.layout.num_params, dtype=self.dtype, device=self.device)
         for start in range(0, len(rows) * grid.timesteps, points_per_batch):
             events = table.take(slice(start * grid.draws, (start + points_per_batch) * grid.draws))
             num_points = len(events) // grid.draws
             sink = GatherSink(self.layout, buffer[: num_points * parts], units_per_group=parts)
-            self._backward(events, images, num_points * parts, 1.0 / grid.draws, [sink])
-            lengths = torch.cat(
-                [sink.group_norm_squared[:, None], sink.unit_norm_squared.unflatten(0, (num_points, parts))], dim=1
-            ).sqrt()
+            scale = self._backward(events, images, num_points * parts, 1.0 / grid.draws, [sink])
+            lengths = (
+                torch.cat(
+                    [sink.group_norm_squared[:, None], sink.unit_norm_squared.unflatten(0, (num_points, parts))], dim=1
+                ).sqrt()
+                / scale
+            )
+            if scale != 1:
+                sink.rows /= scale
             self._check_finite(lengths[:, 0].cpu().numpy(), events.take(slice(0, None, grid.draws)), images)
             yield *np.divmod(np.arange(start, start + num_points), grid.timesteps), lengths, sink.rows
             update(len(events))
+
+    def _check_batch_holds(self, num_draws: int) -> None:
+        if num_draws > self.batch_size:
+            raise ConfigError(
+                f"All draws of a timestep go through the network at once, so batch_size must be at least {num_draws}; "
+                f"found {self.batch_size}."
+            )
+
+    @torch.no_grad()
+    def rank_one_parameters(self, images: ImageData) -> list[str]:
+        """Find the weights whose gradient has rank one for each event: those of linear layers fed one position.
+
+        Such are the layers on the time embedding. It is a property of the model, found by running it on one image.
+
+        Args:
+            images: Any images that the model takes.
+
+        Returns:
+            Names of parameters that gradients are taken of, sorted.
+        """
+        found: set[str] = set()
+
+        def note(name: str, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0].ndim == 2:
+                found.add(f"{name}.weight")
+
+        hooks = [
+            module.register_forward_pre_hook(lambda _, inputs, name=name: note(str(name), inputs))
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        try:
+            self._outputs(grid_events(images, [0], "train", Grid(1), self.process.num_timesteps, seed=0), images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return sorted(self.capture.parameters.keys() & found)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of one whole gradient."""
+        return self.layout.num_params * self.dtype.itemsize
 
     def no_vectors(self) -> Float[Tensor, "vector param"]:
         """Give an empty set of vectors for :meth:`dots`, where only lengths are wanted."""
@@ -319,39 +382,68 @@ class GradientSource:
         table = grid_events(images, rows, "train", Grid(timesteps=2), self.process.num_timesteps, seed=0)
         no_vectors = torch.zeros(0, self.layout.num_params, dtype=self.dtype, device=self.device)
         self.dots(table, images, no_vectors, lambda num_events: None)
-        check_against_autograd(
-            self.capture,
-            lambda some: self._outputs(table.take(some), images),
-            num_events=len(table),
-            num_units=len(table),
-        )
+        scale = self._scale(images)
+        with tensor_float_32(self.tf32):
+            check_against_autograd(
+                self.capture,
+                lambda some: self._outputs(table.take(some), images) * scale,
+                num_events=len(table),
+                num_units=len(table),
+            )
 
     def _outputs(self, table: EventTable, images: ImageData) -> Float[Tensor, " event"]:
         batch = make_batch(table, images, self.process, dtype=self.dtype, device=self.device)
-        prediction = predict(self.model, batch.noisy, batch.timesteps)
-        return sample_loss(prediction, batch.target, self.loss) * batch.loss_weight
+        with autocast(self.autocast, self.device):
+            prediction = predict(self.model, batch.noisy, batch.timesteps)
+        return sample_loss(prediction.to(self.dtype), batch.target, self.loss) * batch.loss_weight
 
-    def _backward(self, table: EventTable, images: ImageData, num_units: int, factor: float, sinks: list[Any]) -> None:
-        self.capture.run(lambda some: self._outputs(table.take(some), images) * factor, len(table), num_units, sinks)
+    def _scale(self, images: ImageData) -> float:
+        return output_scale(self.autocast, images.channels * images.height * images.width)
+
+    def _backward(self, table: EventTable, images: ImageData, num_units: int, factor: float, sinks: list[Any]) -> float:
+        """Fill the sinks; what is in them then is to be divided by the number that is returned."""
+        scale = self._scale(images)
+        with tensor_float_32(self.tf32):
+            self.capture.run(
+                lambda some: self._outputs(table.take(some), images) * (factor * scale), len(table), num_units, sinks
+            )
+        return scale
 
     def _check_finite(self, norms: ndarray, table: EventTable, images: ImageData) -> None:
         bad = np.flatnonzero(~np.isfinite(norms))
         if len(bad):
             row, timestep = table.row[bad[0]], table.timestep[bad[0]]
+            narrow = " It may be too large for float16; try autocast bf16." if self.autocast == "fp16" else ""
             raise NumericsError(
                 f"The gradient of {images.ids[row]} at timestep {timestep} is not finite at {self.label} ({len(bad)} "
-                "such in this batch). Look at the checkpoint's weights, or leave it out."
+                f"such in this batch). Look at the checkpoint's weights, or leave it out.{narrow}"
             )
 
 
-def _coefficients(
+def points_at_once(batch_size: int, grid: Grid, point_bytes: int) -> int:
+    """Count the points of a grid whose draws fit into a batch, and whose gradients into ``GATHER_BYTES``."""
+    return max(1, min(batch_size // grid.draws, GATHER_BYTES // point_bytes))
+
+
+def sum_coefficients(
     lengths: Float64[Tensor, "point length"],
     phase_of_point: Tensor,
     families: Sequence[Family],
     phases: int,
     halves: bool,
 ) -> Float64[Tensor, "vector point part"]:
-    """Say how each sum is made of the half-gradients of the points: the table at the top of this module."""
+    """Say how each sum is made of the half-gradients of the points: the table at the top of this module.
+
+    Args:
+        lengths: Of the average over the draws, then of each part.
+        phase_of_point: Bin of timesteps of each point.
+        families: Which sums.
+        phases: Bins of timesteps.
+        halves: Whether there are two parts.
+
+    Returns:
+        What each part counts in each sum, but for the division by the number of timesteps.
+    """
     num_points, parts = len(lengths), 2 if halves else 1
     in_phase = torch.nn.functional.one_hot(phase_of_point, phases).T.to(lengths)  # phase, point
     both = torch.ones(parts, dtype=lengths.dtype, device=lengths.device)

@@ -1,6 +1,6 @@
 """The order of the stages, over one folder: a *run*.
 
-    run/ config.yaml  record/  checkpoints/  generated/  scores/  report/  cache/
+    run/ config.yaml  record/  checkpoints/  generated/  stores/  scores/  report/  cache/
 
 ``config.yaml`` says where the images are and how they are read, and, for a model that whence did not train, where that
 is.
@@ -20,18 +20,31 @@ import yaml
 from whence._files import publish_file, write_json
 from whence.attribution import trace
 from whence.checkpoints import list_checkpoints, load_model, load_scheduler
-from whence.config import DataSettings, LossName, ModelSettings, TraceSettings, TrainingSettings
+from whence.config import (
+    DataSettings,
+    IndexSettings,
+    LossName,
+    ModelSettings,
+    QuerySettings,
+    TraceSettings,
+    TrainingSettings,
+)
 from whence.data import ImageData, concatenate, open_images, save_arrays
 from whence.errors import ConfigError, DataError, RecordError, ScoresError, check_choice
 from whence.evaluation import retrieval_table
 from whence.event_table import EventBatch, EventTable, grid_events, make_batch
+from whence.indexing import Part, index
 from whence.methods import Baseline, GradientPlan, Grid, Method, method_by_name
+from whence.plan import Plan, StoreShape, plan
+from whence.querying import query
 from whence.record import Record, read_manifest
 from whence.replay_check import CheckRow, check_run
 from whence.report import write_report
 from whence.sampling import sample_images
-from whence.scores import Scores
+from whence.scores import Scores, TopScores
 from whence.self_influence import Kind, SelfInfluenceCost, self_influence, self_influence_cost
+from whence.store import Store
+from whence.store_spec import choose_store
 from whence.subject import Subject
 from whence.training import train
 
@@ -121,18 +134,106 @@ class Run:
         """
         settings = replace(settings or TraceSettings(), **changes)
         images = self.open_queries(queries)
-        asked = [methods] if isinstance(methods, str | Method | Baseline) else methods
-        declared = [method_by_name(m) if isinstance(m, str) else m for m in asked]
-        scores = trace(self.subject, images, declared, settings, self.folder, show_progress=show_progress)
+        scores = trace(self.subject, images, _declared(methods), settings, self.folder, show_progress=show_progress)
+        self._note_latest(list(scores.values()), queries, settings)
+        return scores
+
+    def plan(
+        self,
+        queries: Images,
+        methods: Methods = ("tracin", "retrac"),
+        settings: TraceSettings | None = None,
+        *,
+        index: StoreShape | None = None,
+        **changes: Any,
+    ) -> Plan:
+        """Say what :meth:`trace` will cost: passes, minutes, turns, memory, disk. Nothing is written.
+
+        Args:
+            queries: Query images, or where they are.
+            methods: Names of methods, or declarations of your own.
+            settings: As for :meth:`trace`.
+            index: Plan an index with rows of this shape, and queries to it, instead.
+            **changes: Single settings by name.
+
+        Returns:
+            The plan; see :mod:`whence.plan`.
+        """
+        settings = replace(settings or TraceSettings(), **changes)
+        images = self.open_queries(queries)
+        return plan(self.subject, images, _declared(methods), settings, self.folder, index=index)
+
+    def index(
+        self,
+        settings: IndexSettings | None = None,
+        *,
+        part: Part | None = None,
+        show_progress: bool = True,
+        **changes: Any,
+    ) -> Store:
+        """Put projected gradients of all training images into ``stores/``; run again, it goes on from there.
+
+        Args:
+            settings: Which gradients, and how they are projected.
+            part: Do only the k-th of n parts of the work: (k, n). For jobs on several machines.
+            show_progress: Show a progress bar.
+            **changes: Single settings by name, as ``width=8192``.
+
+        Returns:
+            The store.
+        """
+        settings = replace(settings or IndexSettings(), **changes)
+        return index(self.subject, settings, self.folder, part=part, show_progress=show_progress)
+
+    def query(
+        self,
+        queries: Images,
+        methods: Methods = ("tracin", "retrac"),
+        settings: QuerySettings | None = None,
+        *,
+        store: Store | str | Path | None = None,
+        top: int | None = None,
+        show_progress: bool = True,
+        **changes: Any,
+    ) -> dict[str, Scores | TopScores]:
+        """Score every training image for every query from a store; see :mod:`whence.querying`.
+
+        Args:
+            queries: Query images, or where they are.
+            methods: Names of methods, or declarations of your own.
+            settings: Size of the query grid and the like.
+            store: A store, or its folder. Default: the one in ``stores/`` that serves the methods.
+            top: Keep only so many images of each query.
+            show_progress: Show a progress bar.
+            **changes: Single settings by name, as ``timesteps=16``.
+
+        Returns:
+            Scores by method name. They are also in ``scores/``, and are not computed again.
+        """
+        settings = replace(settings or QuerySettings(), **changes)
+        images, declared = self.open_queries(queries), _declared(methods)
+        if not isinstance(store, Store):
+            folders = [Path(store)] if store is not None else sorted((self.folder / "stores").glob("*"))
+            store = choose_store([Store.open(folder) for folder in folders], self.subject, declared)
+        scores = query(
+            self.subject, store, images, declared, settings, self.folder, top=top, show_progress=show_progress
+        )
+        if top is None:  # a page needs all scores
+            self._note_latest(list(scores.values()), queries, settings)
+        return scores
+
+    def _note_latest(
+        self, scores: Sequence[Scores | TopScores], queries: Images, settings: TraceSettings | QuerySettings
+    ) -> None:
+        """Remember what :meth:`report` shows."""
         write_json(
             self.folder / "scores" / "latest.json",
             {
-                "folders": [s.folder.name for s in scores.values() if s.folder],
+                "folders": [s.folder.name for s in scores if s.folder],
                 "queries": _sources(queries),
                 "settings": asdict(settings),
             },
         )
-        return scores
 
     def self_influence_cost(self, kind: Kind, settings: TraceSettings) -> SelfInfluenceCost:
         """Count what :meth:`self_influence` costs."""
@@ -489,6 +590,11 @@ def _changed(settings: DataSettings, changes: DataSettings | Mapping[str, Any] |
 def _write_config(run: Run) -> None:
     with publish_file(run.folder / "config.yaml") as partial:
         partial.write_text(yaml.safe_dump(_config_of(run), sort_keys=False))
+
+
+def _declared(methods: Methods) -> list[Method | Baseline]:
+    asked = [methods] if isinstance(methods, str | Method | Baseline) else methods
+    return [method_by_name(m) if isinstance(m, str) else m for m in asked]
 
 
 def _sources(queries: Images) -> list[str | None]:

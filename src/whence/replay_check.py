@@ -18,10 +18,11 @@ from whence.diffusion.adapters import check_model, predict
 from whence.diffusion.noise import drawn_flip, drawn_timestep
 from whence.diffusion.objectives import sample_loss
 from whence.event_table import make_batch
+from whence.precision import autocast
 from whence.record import Record, Visits
 from whence.recorder import visit_key
 from whence.subject import Subject
-from whence.training import autocast, check_device
+from whence.training import check_device
 
 TOLERANCE = {"no": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
 """Relative difference of a loss that is put down to rounding, by autocast type."""

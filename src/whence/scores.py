@@ -19,7 +19,7 @@ from numpy import ndarray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from whence._files import publish_folder, sha256_of_file, sha256_of_json, write_json
+from whence._files import as_json, publish_folder, sha256_of_file, sha256_of_json, write_json
 from whence.errors import ConfigError, ScoresError
 
 FORMAT_VERSION = 1
@@ -128,21 +128,34 @@ class Scores:
 
     def save(self, folder: str | Path) -> None:
         """Write to ``folder``, which appears whole or not at all."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
         with publish_folder(Path(folder)) as partial:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial / _FILE)
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                "method": self.method,
-                "arrays": {name: {"shape": a.shape, "dtype": str(a.dtype)} for name, a in arrays.items()},
-                "sha256": sha256_of_file(partial / _FILE),
-                "checkpoint_steps": self.checkpoint_steps,
-                "phase_timesteps": self.phase_timesteps,
-                "details": self.details,
-                "query_ids": self.query_ids,
-                "train_ids": self.train_ids,
-            }
+            save_file({name: np.ascontiguousarray(array) for name, array in self._arrays.items()}, partial / _FILE)
+            manifest = self._manifest(sha256_of_file(partial / _FILE))
             write_json(partial / _MANIFEST, manifest | {"manifest_sha256": sha256_of_json(manifest)})
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that :meth:`save` writes, within some hundred."""
+        manifest = as_json(self._manifest("0" * 64)) | {"manifest_sha256": "0" * 64}
+        arrays = sum(array.nbytes + _HEADER_BYTES for array in self._arrays.values())
+        return arrays + len(json.dumps(manifest, indent=1))
+
+    @property
+    def _arrays(self) -> dict[str, ndarray]:
+        return {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
+
+    def _manifest(self, sha256: str) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "method": self.method,
+            "arrays": {name: {"shape": a.shape, "dtype": str(a.dtype)} for name, a in self._arrays.items()},
+            "sha256": sha256,
+            "checkpoint_steps": self.checkpoint_steps,
+            "phase_timesteps": self.phase_timesteps,
+            "details": self.details,
+            "query_ids": self.query_ids,
+            "train_ids": self.train_ids,
+        }
 
     @classmethod
     def load(cls, folder: str | Path) -> "Scores":
@@ -176,6 +189,77 @@ class Scores:
             folder=folder,
             **arrays,
         )
+
+
+@dataclass(frozen=True)
+class TopScores:
+    """The training samples with the largest scores, where a whole matrix of scores would be too large.
+
+    ::
+
+        scores/<method>-<hash>/top.json    method, what made it, and the samples of each query with their scores
+    """
+
+    method: str
+    query_ids: tuple[str, ...]
+    entries: tuple[tuple[TopEntry, ...], ...]
+    """The samples of each query, strongest first."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """As in :class:`Scores`."""
+    folder: Path | None = field(default=None, compare=False)
+    """Where they lie."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader has to know."""
+        return list(self.details.get("notes", []))
+
+    def top(self, query_row: int, k: int = 10) -> list[TopEntry]:
+        """Give the first ``k`` samples of one query; no more than were kept."""
+        _check_k(k)
+        return list(self.entries[query_row][:k])
+
+    def save(self, folder: str | Path) -> "TopScores":
+        """Write to ``folder``, and give the scores as they are there."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "method": self.method,
+            "details": self.details,
+            "query_ids": self.query_ids,
+            "entries": [[[e.train_id, e.train_row, e.score] for e in entries] for entries in self.entries],
+        }
+        write_json(Path(folder) / _TOP, content | {"sha256": sha256_of_json(content)})
+        return TopScores.load(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "TopScores":
+        """Read what :meth:`save` has written.
+
+        Args:
+            folder: The folder.
+
+        Returns:
+            The scores.
+
+        Raises:
+            ScoresError: If the file is missing or damaged.
+        """
+        path = Path(folder) / _TOP
+        try:
+            content = json.loads(path.read_bytes())
+            _check_sha256(path, sha256_of_json({k: v for k, v in content.items() if k != "sha256"}), content["sha256"])
+            return cls(
+                content["method"],
+                tuple(content["query_ids"]),
+                tuple(
+                    tuple(TopEntry(rank, *entry) for rank, entry in enumerate(entries, start=1))
+                    for entries in content["entries"]
+                ),
+                content["details"],
+                Path(folder),
+            )
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ScoresError(f"{path} cannot be read: {error!r}. Delete the folder and query again.") from error
 
 
 def _check_k(k: int) -> None:
@@ -229,6 +313,9 @@ _KEYS = (
     "manifest_sha256",
 )
 _FILE = "scores.safetensors"
+_HEADER_BYTES = 85
+"""Of an array in a safetensors file, about: its name, type, shape and place."""
+_TOP = "top.json"
 _ARRAYS = (
     "values",
     "phases",

@@ -23,17 +23,20 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from whence._files import sha256_of_json
+from whence.assembly import inverse
 from whence.attribution import SCORING_VERSION, check_trace_settings, load_own_scores, notes_on
 from whence.checkpoints import Checkpoint
 from whence.config import TraceSettings
 from whence.errors import ConfigError, RecordError, check_choice
 from whence.event_table import EventTable
 from whence.gradients import GradientSource
+from whence.memory import choose_limits, measure_footprint
 from whence.methods import TRACIN, Grid, Method, Replay
 from whence.progress import progress_bar
 from whence.scores import Scores
-from whence.streaming import claim, inverse, read_arrays, rms_by_image, rows_between, write_arrays
+from whence.streaming import claim, read_arrays, rms_by_image, write_arrays
 from whence.subject import Subject
+from whence.workload import Demand, rows_between
 
 Kind = Literal["self_norm", "self_expected"]
 
@@ -114,6 +117,9 @@ def self_influence(
     target, cache = folder / "scores" / f"{name}-{key[:8]}", folder / "cache" / f"self-{key[:16]}-{settings.block_size}"
     if not (target / "manifest.json").exists():
         with claim(cache):
+            demand = Demand(1, 1, grid, 1, None, 0) if kind == "self_expected" else Demand(0, 0, None, 1, None, 0)
+            limits = choose_limits(demand, settings, lambda: measure_footprint(subject, settings))
+            settings = replace(settings, batch_size=limits.batch_size)
             work = _Pass(subject, kind, settings, replay, grid, normalised, cache)
             work.run(show_progress)
             work.assemble(name, spec).save(target)

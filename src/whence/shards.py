@@ -16,17 +16,16 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 from numpy import ndarray
 
 from whence._files import publish_file, sha256_of_file, sha256_of_json, write_json
-from whence._tensor_file import DTYPE_OF, Tensor, code_of, from_bfloat16, map_tensor, pack, to_bfloat16
+from whence._tensor_file import DTYPE_OF, Tensor, code_of, from_bfloat16, map_tensors, pack, to_bfloat16
+from whence.config import RowsDtype
 from whence.errors import NumericsError, StoreError
-
-RowsDtype = Literal["float16", "bfloat16", "float32"]
 
 ROWS_CODE: dict[RowsDtype, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 """Dtype of rows to its name in safetensors."""
@@ -118,12 +117,20 @@ class Shard:
         """
         if name not in self.arrays:
             raise StoreError(f"{self.path} has no array {name!r}; it has {', '.join(sorted(self.arrays))}.")
+        code, array = self._map()[name]
+        return from_bfloat16(array[start:stop]) if code == "BF16" else array[start:stop]
+
+    def read_all(self) -> dict[str, Shaped[ndarray, "row *rest"]]:
+        """Read all arrays, as :meth:`read` does one."""
+        return {name: from_bfloat16(array) if code == "BF16" else array for name, (code, array) in self._map().items()}
+
+    def _map(self) -> dict[str, Tensor]:
         self.check_size()
         try:
-            code, array = map_tensor(self.path, name)
+            tensors = map_tensors(self.path)
+            return {name: tensors[name] for name in self.arrays}
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.path} cannot be read: {error}. {self._remedy}") from error
-        return from_bfloat16(array[start:stop]) if code == "BF16" else array[start:stop]
 
     def check_size(self) -> None:
         """Compare the size of the file with the sidecar's.

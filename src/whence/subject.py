@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from whence.checkpoints import Checkpoint, check_files, load_model, load_scheduler
-from whence.config import LossName, TraceSettings
+from whence.config import GradientSettings, LossName
 from whence.data import ImageData
 from whence.diffusion.adapters import check_model
 from whence.diffusion.process import NoiseProcess
@@ -42,7 +42,7 @@ class Subject:
     def _hashes(self) -> dict[tuple[int, str], str]:
         return {}
 
-    def describe(self, checkpoints: Sequence[Checkpoint], settings: TraceSettings) -> dict[str, Any]:
+    def describe(self, checkpoints: Sequence[Checkpoint], settings: GradientSettings) -> dict[str, Any]:
         """Name all that gradients at some checkpoints depend on."""
         for c in checkpoints:
             key = (c.step, settings.weights_name)
@@ -52,6 +52,8 @@ class Subject:
             "weights_name": settings.weights_name,
             "parameters": settings.parameters,
             "dtype": settings.dtype,
+            "autocast": settings.autocast,
+            "tf32": settings.tf32,
             "process": self.process.content_hash,
             "checkpoints": [
                 {
@@ -70,7 +72,7 @@ class Subject:
         """The record matched with the images, or None."""
         return Replays(self.record, self.train) if self.record else None
 
-    def source(self, checkpoint: Checkpoint, settings: TraceSettings) -> GradientSource:
+    def source(self, checkpoint: Checkpoint, settings: GradientSettings) -> GradientSource:
         """Load a checkpoint to take gradients from."""
         check_files(checkpoint)
         model = load_model(
@@ -89,7 +91,9 @@ class Subject:
             settings.batch_size,
             f"checkpoint {checkpoint.step}",
             patterns=settings.parameters,
-            memory_gib=settings.query_memory_gib,
+            uncovered=settings.uncovered,
+            autocast=settings.autocast,
+            tf32=settings.tf32,
         )
 
 

@@ -7,7 +7,6 @@ checkpoint to the same bytes. The optimizer step over a batch of n samples follo
 import json
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -24,6 +23,7 @@ from whence.diffusion.noise import keyed_order
 from whence.diffusion.objectives import sample_loss
 from whence.diffusion.process import NoiseProcess
 from whence.errors import CheckpointError, ConfigError, RecordError
+from whence.precision import autocast
 from whence.progress import progress_bar
 from whence.recorder import Recorder
 
@@ -279,13 +279,6 @@ class _Loop:
             self._epoch = epoch
             self._order = torch.from_numpy(keyed_order(self.settings.seed, epoch, len(self.data)))
         return self._order[batch * self.settings.batch_size :][: self.settings.batch_size]
-
-
-def autocast(mixed_precision: str, device: str) -> Any:
-    """Give the context in which a training with this precision runs its forward passes."""
-    if mixed_precision == "no":
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, torch.bfloat16 if mixed_precision == "bf16" else torch.float16)
 
 
 def _cuda_devices(device: str) -> list[int]:

@@ -131,7 +131,7 @@ def check_projected(
     shapes = {name: tuple(gradients.shape[1:]) for name, gradients in found.items()}
     dtype = next(iter(found.values())).dtype
     # Sides of two make small layers two-sided as well.
-    projection = make_projection("two_sided_sketch", shapes, width=16, side=2, seed=0, dtype=dtype)
+    projection = make_projection("two_sided_sketch", shapes, width=16, side=2, whole=0, seed=0, dtype=dtype)
     want, rows = (torch.zeros(factors.num_units, 16, dtype=dtype) for _ in range(2))
     for name, gradients in found.items():
         projection.add(want, name, gradients)
@@ -153,12 +153,34 @@ def check_both_forms(
         lengths = weight.flatten(1).double().square().sum(1)
         torch.testing.assert_close(factors.gram_norm_squared().double(), lengths, rtol=tolerance, atol=tolerance)
     grouped = getattr(factors.layer, "groups", 1) > 1
+    check_factors(factors, weight, tolerance)
     for pay in (True, False):
         # Two outputs at a time, and one way or the other.
         changed = {"_factors_pay": lambda *_, pay=pay: pay} | ({} if grouped else {"outputs_at_once": 2})
         forced = type("Forced", (type(factors),), changed)(factors.layer, factors.calls, factors.num_units)
         check_pieces(forced, found, names)
         check_projected(forced, found, names, True, tolerance)
+
+
+def check_factors(factors: MatrixLayerFactors, weight: Tensor, tolerance: float) -> None:
+    """The weight gradient is G^T A, and the covariances are those of A and G."""
+    groups = getattr(factors.layer, "groups", 1)
+    products, inner, out = [], [], []
+    for a, g in factors.factors():
+        a, g = (x.unflatten(1, (groups, -1)) for x in (a, g))
+        products.append((g.mT @ a).flatten(1, 2))
+        inner.append(torch.einsum("egpi,egpj->ij", a, a))
+        out.append(torch.einsum("egpi,egpj->ij", g, g))
+    gradients = sum(products).unflatten(0, (factors.num_units, -1)).sum(1)
+    atol = tolerance * float(weight.abs().max())
+    torch.testing.assert_close(gradients.view_as(weight), weight, rtol=tolerance, atol=atol)
+    found = factors.covariance(with_bias=False)
+    for covariance, want in zip(found, (sum(inner), sum(out)), strict=True):
+        torch.testing.assert_close(covariance, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+    with_ones, _ = factors.covariance(with_bias=True)
+    ones = sum(a.flatten(0, 1).sum(0) for a, _ in factors.factors())
+    torch.testing.assert_close(with_ones[:-1, -1], ones, rtol=tolerance, atol=tolerance * float(weight.abs().max() + 9))
+    assert with_ones[-1, -1] == sum(a[..., 0].numel() for a, _ in factors.factors())
 
 
 class LayerContract:

@@ -73,7 +73,7 @@ class ProjectionContract:
     def make(self, shapes=SHAPES, seed: int = 0, dtype: torch.dtype = torch.float64, **settings) -> AbstractProjection:
         direct = [name for name in shapes if name.removeprefix("module.") in DIRECT]
         settings = {"width": self.width, "direct": direct, "side": SIDE} | settings
-        return make_projection(self.kind, shapes, seed=seed, dtype=dtype, **settings)
+        return make_projection(self.kind, shapes, seed=seed, whole=0, dtype=dtype, **settings)
 
     def expected_variance(self, gradients: Gradients) -> Tensor:
         """Variance of the inner product of the rows of units 0 and 0, 0 and 1, 1 and 1."""

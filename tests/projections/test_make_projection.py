@@ -61,3 +61,11 @@ def test_refuses_names_that_differ_by_wrappers():
 def test_takes_a_torch_size():
     projection = make_projection("identity", {"a": torch.zeros(2, 3).shape}, seed=0)
     assert projection.width == 6
+
+
+def test_small_matrices_are_left_whole_before_a_sketch():
+    shapes = {"small": (64, 512), "large": (64, 513)}  # 32 cores of 32 x 32, and some more
+    sketch = make_projection("two_sided_sketch", shapes, width=8, seed=0)
+    assert sketch.sides("small") is None and sketch.sides("large") is not None
+    assert make_projection("two_sided_sketch", shapes, width=8, whole=0, seed=0).sides("small") is not None
+    assert make_projection("two_sided", shapes, seed=0).sides("small") is not None

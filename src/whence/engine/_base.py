@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -130,8 +131,8 @@ class MatrixLayerFactors(AbstractLayerFactors):
         a norm by Gram matrices        ‖G^T A‖² = sum((A A^T) * (G G^T))           where positions are few
         a two-sided projection         (G P_out)^T (A P_inner)                     where they are fewer than outputs
 
-    and else both are made of the gradient itself, in pieces of some outputs at a time. A kind gives the four methods
-    that are abstract here.
+    and else both are made of the gradient itself, in pieces of some outputs at a time. A kind gives what is abstract
+    here.
     """
 
     @abstractmethod
@@ -152,6 +153,27 @@ class MatrixLayerFactors(AbstractLayerFactors):
     ) -> Float[Tensor, "unit k_out k_inner"]:
         """Project both factors and multiply them; None stands for the identity."""
 
+    @abstractmethod
+    def factors(self) -> list[tuple[Float[Tensor, "event position inner"], Float[Tensor, "event position out"]]]:
+        """Give A and G of each call."""
+
+    def covariance(self, *, with_bias: bool) -> tuple[Float[Tensor, "inner inner"], Float[Tensor, "out out"]]:
+        """Give A^T A and G^T G, summed over events and positions: the factors of K-FAC (Martens and Grosse 2015).
+
+        Positions count as samples of their own, which Eschenhagen et al. 2023 (arXiv:2311.00636) call *expand*. For the
+        generalised Gauss-Newton matrix the output gradients must be sampled ones.
+
+        Args:
+            with_bias: Add a column of ones to A, which stands for the bias.
+        """
+        inner, out = [], []
+        for a, g in self.factors():
+            a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1) if with_bias else a
+            a, g = a.flatten(0, 1), g.flatten(0, 1)
+            inner.append(a.T @ a)
+            out.append(g.T @ g)
+        return add_up(inner), add_up(out)
+
     @property
     @abstractmethod
     def positions(self) -> int:
@@ -169,9 +191,10 @@ class MatrixLayerFactors(AbstractLayerFactors):
     @property
     def outputs_at_once(self) -> int:
         """Outputs in one piece of the weight gradient."""
-        num_inner = self.layer.weight[0].numel()
-        at_once = numbers_at_once(self.layer.weight.device) // (self.num_units * num_inner)
-        return max(8, at_once // 8 * 8)  # multiples of eight suit the width of vector instructions
+        num_out, num_inner = len(self.layer.weight), self.layer.weight[0].numel()
+        num_pieces = ceil(self.num_units * num_out * num_inner / numbers_at_once(self.layer.weight.device))
+        # Equal pieces, and multiples of the width of vector instructions.
+        return max(1, ceil(num_out / num_pieces / 16)) * 16 if num_pieces > 1 else num_out
 
     def materialise(self) -> dict[str, Float[Tensor, "unit *shape"]]:
         """Make the gradients whole."""
@@ -265,7 +288,7 @@ def numbers_at_once(device: torch.device) -> int:
 
     On a CPU it stays in the cache, and needs no fresh memory from the system.
     """
-    return 2**19 if device.type == "cpu" else 2**26
+    return 2**20 if device.type == "cpu" else 2**26
 
 
 def squared_lengths(rows: Float[Tensor, "unit param"]) -> Float64[Tensor, " unit"]:

@@ -1,8 +1,8 @@
 """Convolutions: the weight gradient of a unit is G^T A, A the input unfolded into the patches that the kernel sees.
 
-Nothing is ever unfolded. The weight gradient of many units is that of *one* convolution with a group for each unit,
-which runs at the speed of training's own; a projected ``A`` is the result of a small random convolution; and the Gram
-matrix of patches is a sum, over the elements of the kernel, of shifted views of the Gram matrix of pixels.
+For gradients nothing is unfolded. The weight gradient of many units is that of *one* convolution with a group for each
+unit, which runs at the speed of training's own; a projected ``A`` is the result of a small random convolution; and the
+Gram matrix of patches is a sum, over the elements of the kernel, of shifted views of the Gram matrix of pixels.
 
 A transposed convolution is a convolution from its output to its input: the patches are those of its output gradients,
 and its inputs take their part.
@@ -69,13 +69,41 @@ class ConvFactors(MatrixLayerFactors):
             patches = _CONVOLVE[len(self._kernel)](
                 image, kernel, None, self.layer.stride, self._padding, self.layer.dilation, groups
             )
-            patches, across = (x.flatten(2).unflatten(1, (groups, -1)) for x in (patches, grads))
-            if out is None:
-                core = (across @ patches.mT).flatten(1, 2)
+            patches, across = patches.flatten(2), grads.flatten(2)
+            if groups == 1:
+                core = (across if out is None else out.T @ across) @ patches.mT
             else:
-                core = (out.unflatten(0, (groups, -1)).mT @ across @ patches.mT).sum(1)
-            cores.append(self._per_unit(core).sum(1))
+                core = self._core_of_groups(across, patches, out)
+            cores.append(core if len(core) == self.num_units else self._per_unit(core).sum(1))
         return add_up(cores)
+
+    def _core_of_groups(
+        self,
+        grads: Float[Tensor, "event out position"],
+        patches: Float[Tensor, "event group_inner position"],
+        out: Float[Tensor, "out k_out"] | None,
+    ) -> Float[Tensor, "event k_out k_inner"]:
+        grads, patches = (x.unflatten(1, (self.layer.groups, -1)) for x in (grads, patches))
+        if out is None:
+            return (grads @ patches.mT).flatten(1, 2)
+        return (out.unflatten(0, (self.layer.groups, -1)).mT @ grads @ patches.mT).sum(1)
+
+    def factors(self) -> list[tuple[Float[Tensor, "event position inner"], Float[Tensor, "event position out"]]]:
+        """Unfold the patches; of a layer with groups, those of each group are positions of their own."""
+        groups = self.layer.groups
+        found = []
+        for image, grads in self._factors:
+            patches = F.pad(image, [p for padding in reversed(self._padding) for p in (padding, padding)])
+            axes = zip(self._kernel, self.layer.stride, self.layer.dilation, strict=True)
+            for axis, (size, stride, dilation) in enumerate(axes, start=2):
+                patches = patches.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+            # event, in, *position, *kernel
+            dims = len(self._kernel)
+            patches = patches[(..., *[slice(0, count) for count in grads.shape[2:]], *[slice(None)] * dims)]
+            patches = patches.unflatten(1, (groups, -1)).movedim(2, 2 + dims)  # event, group, *position, in, *kernel
+            out = grads.unflatten(1, (groups, -1)).movedim(2, -1)
+            found.append((patches.flatten(2 + dims).flatten(1, 1 + dims), out.flatten(1, 1 + dims)))
+        return found
 
     @property
     def positions(self) -> int:

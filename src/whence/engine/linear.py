@@ -35,6 +35,13 @@ class LinearFactors(MatrixLayerFactors):
             (g if out is None else g @ out).mT @ (a if inner is None else a @ inner) for a, g in self._factors
         )
 
+    def factors(self) -> list[tuple[Float[Tensor, "event position inner"], Float[Tensor, "event position out"]]]:
+        """Give inputs and output gradients, position by position."""
+        return [
+            (a.unflatten(0, (len(a), 1)).flatten(1, -2), g.unflatten(0, (len(g), 1)).flatten(1, -2))
+            for a, g in self.calls
+        ]
+
     @property
     def positions(self) -> int:
         """Positions of a unit, over all calls."""

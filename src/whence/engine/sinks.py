@@ -7,7 +7,13 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from whence.engine._base import AbstractLayerFactors, squared_lengths
+from whence.engine._base import (
+    AbstractLayerFactors,
+    MatrixLayerFactors,
+    add_up,
+    numbers_at_once,
+    squared_lengths,
+)
 from whence.projections import AbstractProjection
 
 
@@ -40,21 +46,27 @@ class GatherSink:
     def __init__(self, layout: Layout, rows: Float[Tensor, "unit param"], units_per_group: int = 1):
         self.layout = layout
         self.rows = rows.zero_()  # a parameter that the output does not use is never handed over
-        self.grouped = units_per_group > 1
-        self.unit_norm_squared = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-        self.group_norm_squared = (
-            self.unit_norm_squared.new_zeros(len(rows) // units_per_group) if self.grouped else self.unit_norm_squared
-        )
+        self.units_per_group = units_per_group
 
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Put one layer's part in its place."""
         for own, span, gradients in factors.pieces(names):
             start = self.layout.spans[names[own]].start
             self.rows[:, start + span.start : start + span.stop] = gradients
-            self.unit_norm_squared += squared_lengths(gradients)
-            if self.grouped:
-                groups = gradients.unflatten(0, (len(self.group_norm_squared), -1)).sum(1)
-                self.group_norm_squared += squared_lengths(groups)
+
+    @property
+    def unit_norm_squared(self) -> Float64[Tensor, " unit"]:
+        """Squared length of each unit's gradient, when the pass is over."""
+        return squared_lengths(self.rows)
+
+    @property
+    def group_norm_squared(self) -> Float64[Tensor, " group"]:
+        """Squared length of each group's sum, when the pass is over."""
+        if self.units_per_group == 1:
+            return self.unit_norm_squared
+        groups = self.rows.unflatten(0, (-1, self.units_per_group))
+        columns_at_once = max(1, numbers_at_once(self.rows.device) // len(groups))
+        return add_up(squared_lengths(columns.sum(1)) for columns in groups.split(columns_at_once, dim=2))
 
 
 class DotSink:
@@ -94,3 +106,23 @@ class ProjectSink:
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Add one layer's part."""
         self.norm_squared += factors.project(self.projection, names, self.rows, with_norms=self.with_norms)
+
+
+class CovarianceSink:
+    """Sums, over passes, of A^T A and G^T G of every layer whose weight gradient is G^T A: the factors of K-FAC.
+
+    The two are kept by the name of the weight; other parameters have none. Of a layer whose bias is chosen too, A has a
+    last column of ones.
+    """
+
+    def __init__(self):
+        self.factors: dict[str, tuple[Float[Tensor, "inner inner"], Float[Tensor, "out out"]]] = {}
+
+    def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
+        """Add one layer's part."""
+        if isinstance(factors, MatrixLayerFactors) and "weight" in names:
+            inner, out = factors.covariance(with_bias="bias" in names)
+            if names["weight"] in self.factors:
+                before = self.factors[names["weight"]]
+                inner, out = before[0] + inner, before[1] + out
+            self.factors[names["weight"]] = inner, out

@@ -13,17 +13,18 @@ in speed and in the variance around that:
 
 A gradient (unit, out, ...) of a weight is taken as a matrix out x in, ``in`` being the numbers that make one output:
 those of a row of a linear layer, of a filter of a convolution. Vectors have no sides. A gradient known to be of rank
-one (of a layer on the time embedding) is not shrunk from two sides either, as that is where it is least exact.
+one (of a layer on the time embedding) is not shrunk from two sides either, as that is where it is least exact; nor, by
+default, is a small one before a sketch.
 
 All that is random is a pure function of (seed, role, :func:`canonical_name`): the order of parameters does not matter,
 nor which others there are. Per-unit gradients are made in ``engine``; rows are kept by the stored way to a score.
 """
 
 from collections.abc import Collection, Mapping
-from typing import Literal
 
 import torch
 
+from whence.config import ProjectionKind
 from whence.errors import ConfigError, check_choice
 from whence.projections._base import AbstractProjection, Sides, Space, canonical_name
 from whence.projections.dense import DenseProjection
@@ -32,7 +33,9 @@ from whence.projections.spans import SpanProjection
 
 __all__ = ["AbstractProjection", "ProjectionKind", "Sides", "canonical_name", "make_projection"]
 
-ProjectionKind = Literal["two_sided_sketch", "two_sided", "sketch", "gaussian", "rademacher", "identity"]
+
+_CORES_LEFT_WHOLE = 32
+"""benchmarks/projections.py: without these, the error of scores levels off four times as high."""
 
 
 def make_projection(
@@ -43,6 +46,7 @@ def make_projection(
     side: int = 32,
     seed: int,
     direct: Collection[str] = (),
+    whole: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> AbstractProjection:
@@ -55,6 +59,9 @@ def make_projection(
         side: Two-sided kinds shrink a side of a gradient to this, and leave a smaller one as it is.
         seed: Seed of all that is random.
         direct: Parameters whose gradients have rank one. Two-sided kinds leave them whole until they are sketched.
+        whole: Matrices of at most so many numbers are left whole too. Default: none of ``two_sided``; those of 32 cores
+            of ``two_sided_sketch``. Gradients of convolutions are close to rank one, and in small layers at full
+            resolution, where most of their length lies, they cost little more than their cores.
         device: Where rows and gradients are.
         dtype: Type of the rows; gradients are brought to it.
 
@@ -77,11 +84,14 @@ def make_projection(
     for what, size in {"width": width, "side": side}.items():
         if size is not None and size < 1:
             raise ConfigError(f"The {what} of a projection must be at least 1; found {size}.")
+    if whole is None:
+        whole = _CORES_LEFT_WHOLE * side**2 if kind == "two_sided_sketch" else 0
     space = Space(
         shapes=_canonical_shapes(shapes),
         seed=seed,
         side=side if kind in ("two_sided", "two_sided_sketch") else None,
         direct=frozenset(map(canonical_name, direct)),
+        whole=whole,
         device=torch.device(device),
         dtype=dtype,
     )

@@ -69,6 +69,8 @@ class Space:
     side: int | None
     """Width of a side; None for a kind that leaves gradients whole."""
     direct: frozenset[str]
+    whole: int
+    """Matrices of at most so many numbers have no core."""
     device: torch.device
     dtype: torch.dtype
 
@@ -83,7 +85,7 @@ class Space:
             return None
         out, inner = self.matrix_shape(name)
         core = min(out, self.side), min(inner, self.side)
-        return core if core != (out, inner) else None
+        return core if core != (out, inner) and out * inner > self.whole else None
 
     def num_left(self, name: str) -> int:
         """Numbers in a parameter's core, or in its gradient where that stays whole."""
@@ -134,8 +136,8 @@ class AbstractProjection(ABC):
         """Give the sides of a parameter, to whoever can form the core without the gradient.
 
         Returns:
-            None where the gradient stays whole: kinds without sides, vectors, parameters named as direct, matrices
-            that no side would shrink.
+            None where the gradient stays whole: kinds without sides, vectors, parameters named as direct, small
+            matrices, and those that no side would shrink.
 
         Raises:
             ConfigError: If the projection was not made for this parameter.

@@ -1,0 +1,111 @@
+"""From inner products with query vectors to scores: what the streaming and the stored way to a score share.
+
+Each query has a run of vectors, family by family, in the order that ``whence.gradients`` gives; here the phases and
+halves of a method are read off the products with them, and results of checkpoints and blocks are joined.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from numpy import ndarray
+from torch import Tensor
+
+from whence.diffusion.process import even_timesteps
+from whence.gradients import num_vectors
+from whence.methods.frame import Method
+from whence.scores import Scores
+from whence.workload import Workload, family_of
+
+
+def inverse(lengths: ndarray) -> ndarray:
+    """One over a length; 0 for a gradient of zero, which stays zero."""
+    return np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+
+
+def split_products(
+    work: Workload,
+    method: Method,
+    products: Float64[ndarray, "train query vector"],
+    lengths: Float64[ndarray, "query length"],
+) -> tuple[Float64[ndarray, "query phase train"], Float64[ndarray, "half query train"] | None]:
+    """Read phases and halves off a method's family of vectors.
+
+    Args:
+        work: Which families there are, how many phases, and whether there are halves.
+        method: One of its methods.
+        products: Products of training images with all vectors.
+        lengths: Lengths of each query's whole sum and of its halves, in the family ``none``.
+
+    Returns:
+        Scores by phase, and by half.
+    """
+    num_phases = work.phases
+    family = family_of(method.query.unit)
+    before = work.query_families[: work.query_families.index(family)]
+    start = sum(num_vectors(f, num_phases, work.halves) for f in before)
+    phases = products[:, :, start : start + num_phases]
+    scale = inverse(lengths) if method.query.unit == "sample" else np.ones_like(lengths)
+    by_phase = np.moveaxis(phases * scale[:, :1], 0, -1)
+    if not work.halves:
+        return by_phase, None
+    half_a = products[:, :, start + num_phases]
+    half_b = 2 * phases.sum(2) - half_a if family == "none" else products[:, :, start + num_phases + 1]
+    return by_phase, np.stack([(half_a * scale[:, 1]).T, (half_b * scale[:, 2]).T])
+
+
+def sample_lengths(work: Workload, vectors: Float[Tensor, "vector number"]) -> list[float]:
+    """Give the lengths of a query's whole sum and of its halves in the family ``none``; zeros where that is not."""
+    if work.query_families[0] != "none":
+        return [0.0, 0.0, 0.0]
+    whole = vectors[: work.phases].sum(0)
+    half_a = vectors[work.phases] if work.halves else whole
+    return [float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in (whole, half_a, 2 * whole - half_a)]
+
+
+def make_scores(
+    work: Workload,
+    method: Method,
+    totals: Mapping[str, ndarray],
+    per_checkpoint: Sequence[Mapping[str, ndarray]],
+) -> Scores:
+    """Bring what was computed for a method into the form of scores.
+
+    Args:
+        work: Queries, training images, checkpoints, phases.
+        method: One of its methods.
+        totals: ``phases`` (query, phase, train), and ``halves`` (half, query, train) if there are such, added up over
+            the checkpoints.
+        per_checkpoint: ``query_norms`` (query, timestep), ``train_norms``, ``train_weights`` and, if there is such,
+            ``train_timesteps`` (train,).
+
+    Returns:
+        The scores.
+    """
+    dtype = np.dtype(work.settings.dtype)
+
+    def stack(name: str) -> ndarray | None:
+        found = [arrays[name] for arrays in per_checkpoint if name in arrays]
+        return np.stack(found) if found else None
+
+    phases, halves = totals["phases"], totals.get("halves")
+    timesteps = even_timesteps(1, work.subject.process.num_timesteps - 1, work.query_grid.timesteps).numpy()
+    phase_of = np.arange(len(timesteps)) * work.phases // len(timesteps)
+    return Scores(
+        method=method.name,
+        query_ids=work.queries.ids,
+        train_ids=work.subject.train.ids,
+        values=phases.sum(1).astype(dtype),
+        phases=phases.astype(dtype),
+        phase_timesteps=tuple(
+            (int(timesteps[phase_of == p][0]), int(timesteps[phase_of == p][-1])) for p in range(work.phases)
+        ),
+        halves=None if halves is None else halves.astype(dtype),
+        train_norms=stack("train_norms"),
+        train_timesteps=stack("train_timesteps"),
+        train_weights=stack("train_weights"),
+        query_norms=stack("query_norms"),
+        query_timesteps=timesteps,
+        checkpoint_steps=tuple(c.step for c in work.checkpoints),
+    )

@@ -1,0 +1,350 @@
+"""Querying: scores from a store of training gradients, as often as one likes.
+
+At each checkpoint the queries' gradients are taken at every timestep of the method's grid, projected as the store's
+rows are, and kept by half of the draws (``cache/queries``), so that asking again costs nothing. Sums over timesteps,
+phases and halves are then made as in the streaming way, and multiplied with the store's rows, block by block. The
+result is :class:`whence.scores.Scores` just as streaming gives it, or for very many training images the top of it only.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from numpy import ndarray
+from torch import Tensor
+
+from whence._files import sha256_of_json
+from whence._store_checks import list_differences, name_ids
+from whence.assembly import inverse, make_scores, sample_lengths, split_products
+from whence.attribution import load_own_scores, notes_on, prepare
+from whence.checkpoints import Checkpoint
+from whence.config import QuerySettings
+from whence.data import ImageData
+from whence.errors import ConfigError, StoreError
+from whence.gradients import GradientSource, sum_coefficients
+from whence.indexing import content_hashes
+from whence.methods.frame import Baseline, Method
+from whence.progress import progress_bar
+from whence.projections import AbstractProjection, canonical_name
+from whence.row_products import Multiplier, Reading, group_shards, sum_by_sample, top_of_store
+from whence.scores import Scores, TopEntry, TopScores
+from whence.shards import Shard
+from whence.store import Store
+from whence.store_spec import check_is_of, check_serves, projection_of, trace_settings
+from whence.streaming import read_arrays, rms_by_image, write_arrays
+from whence.subject import Subject
+from whence.workload import Workload
+
+VECTOR_BYTES = 4 * 2**30
+"""Projected sums of queries that are held at once; beyond it, queries take turns, each a pass over the store."""
+
+
+def query(
+    subject: Subject,
+    store: Store,
+    queries: ImageData,
+    methods: Sequence[Method | Baseline],
+    settings: QuerySettings,
+    folder: Path,
+    *,
+    top: int | None = None,
+    show_progress: bool = True,
+) -> dict[str, Scores | TopScores]:
+    """Score the images of a store for every query by each method; what is on disk already is not computed again.
+
+    Args:
+        subject: The checkpoints, images and record that the store was made of.
+        store: A finished store.
+        queries: Images of the size that the model was trained on.
+        methods: Declarations; their query grids are taken from the settings, all else must be as in the store.
+        settings: The query grid, batch size, device.
+        folder: The run; ``scores/<method>-stored-<hash>`` and ``cache/queries`` are made in it.
+        top: Keep only so many images of each query: memory and disk then do not grow with the training set.
+        show_progress: Show a progress bar.
+
+    Returns:
+        Scores by method name, in the order asked for.
+
+    Raises:
+        ConfigError: If settings contradict each other, or a method needs no store.
+        StoreError: If the store is of another model, is not finished or damaged, or does not hold what a method needs.
+        NumericsError: If a gradient is not finite.
+    """
+    if top is not None and top < 1:
+        raise ConfigError(f"top must be above 0, found {top}: it is how many training images to keep of each query.")
+    check_is_of(store, subject)
+    work = prepare(subject, queries, methods, trace_settings(store.spec, settings), folder)
+    if work.baselines:
+        names = ", ".join(baseline.name for baseline in work.baselines)
+        raise ConfigError(f"{names} needs no gradients and so no store. Use `whence trace`.")
+    for load in work.loads:
+        for method in load.methods:
+            check_serves(store, method, subject)
+    about_store = {"store": store.spec_sha256} | ({} if top is None else {"top": top})
+    specs = {name: spec | about_store for name, spec in work.specs.items()}
+    kind = "stored" if top is None else f"top{top}"
+    folders = {name: folder / "scores" / f"{name}-{kind}-{sha256_of_json(s)[:8]}" for name, s in specs.items()}
+    finished = "manifest.json" if top is None else "top.json"
+    wanted = [name for name, path in folders.items() if not (path / finished).exists()]
+    if wanted:
+        store.check()
+    for load in work.loads:
+        here = [method for method in load.methods if method.name in wanted]
+        if here:
+            stored = _StoredPass(replace(load, methods=here), store, folder / "cache" / "queries", show_progress)
+            for scores in stored.scores() if top is None else stored.top(top):
+                name = scores.method
+                notes = work.notes[name] + _notes_on_rows(store, load, name)
+                if isinstance(scores, Scores):
+                    notes += notes_on(scores, subject, load.settings)
+                replace(scores, details=specs[name] | {"notes": notes}).save(folders[name])
+    if top is not None:
+        return {name: TopScores.load(path) for name, path in folders.items()}
+    return {name: load_own_scores(path, specs[name]) for name, path in folders.items()}
+
+
+def _notes_on_rows(store: Store, load: Workload, name: str) -> list[str]:
+    kind, plan = store.spec["space"]["projection"]["kind"], store.spec["provenance"]["plan"]
+    notes = [] if kind == "identity" else [f"Scores are of gradients projected to {store.width} numbers ({kind})."]
+    (method,) = (method for method in load.methods if method.name == name)
+    if method.train.unit == "sample" and kind != "identity":
+        notes.append("Lengths of the summed gradients are those of the projected sums.")
+    elif plan["norms"] == "projected" and plan["keep"] == "units":
+        notes.append("Lengths of training gradients are those of the projected ones.")
+    return notes
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """The projected sums of some queries at one checkpoint."""
+
+    vectors: Float[Tensor, "query vector width"]
+    lengths: Float64[ndarray, "query length"]
+    """Of each query's whole sum and of its halves, in the family ``none``."""
+    norms: Float64[ndarray, "query timestep"]
+    """Exact lengths at each timestep."""
+
+
+class _StoredPass:
+    """Queries at each checkpoint, then one pass over the store."""
+
+    def __init__(self, work: Workload, store: Store, cache: Path, show_progress: bool):
+        self.work, self.store, self.cache, self.show_progress = work, store, cache, show_progress
+        self.steps = [c.step for c in work.checkpoints]
+        self.readings = {method: _reading(store, method) for method in work.methods}
+        self.keys = [
+            sha256_of_json([store.spec_sha256, query_id, content, vars(work.query_grid)])[:16]
+            for query_id, content in zip(work.queries.ids, content_hashes(work.queries), strict=True)
+        ]
+
+    def scores(self) -> list[Scores]:
+        """Compute all scores of all methods."""
+        self._fill_cache()
+        results = {method: _Result(self.work) for method in self.work.methods}
+        groups = group_shards(self.store, self.steps)
+        self._check_ids(groups)
+        for rows in self.work.split_queries(self.store.width * len(self.steps), VECTOR_BYTES):
+            vectors = {step: self._vectors(step, rows) for step in self.steps}
+            multipliers = {step: Multiplier(v.vectors.flatten(0, 1)) for step, v in vectors.items()}
+            for shard in (shard for group in groups for shard in group):
+                self._add_shard(shard, rows, vectors[shard.step], multipliers[shard.step], results)
+        return [result.finish(method) for method, result in results.items()]
+
+    def top(self, k: int) -> list[TopScores]:
+        """Compute the largest scores of all methods, one after the other."""
+        self._fill_cache()
+        self._check_ids(group_shards(self.store, self.steps))
+        return [self._top_of_method(method, k) for method in self.work.methods]
+
+    def _top_of_method(self, method: Method, k: int) -> TopScores:
+        entries: list[tuple[TopEntry, ...]] = []
+        for rows in self.work.split_queries(self.store.width * len(self.steps), VECTOR_BYTES):
+            whole = {step: self._whole_vectors(self._vectors(step, rows), method) for step in self.steps}
+            table = top_of_store(self.store, whole, self.readings[method], k)
+            for ids, values in zip(table.ids, table.values.tolist(), strict=True):
+                train_rows = self.work.subject.train.rows(ids)
+                ranked = enumerate(zip(ids, train_rows, values, strict=True), start=1)
+                entries.append(tuple(TopEntry(rank, *rest) for rank, rest in ranked))
+        return TopScores(method.name, self.work.queries.ids, tuple(entries))
+
+    def _whole_vectors(self, made: _Vectors, method: Method) -> Float[Tensor, "query width"]:
+        """Sum a method's family over all phases: the products of the identity with the vectors, read off as scores."""
+        vectors = made.vectors.permute(2, 0, 1).double().numpy()  # width in the place of training images
+        by_phase, _ = split_products(self.work, method, vectors, made.lengths)
+        return torch.from_numpy(by_phase.sum(1)).to(made.vectors)
+
+    def _add_shard(
+        self,
+        shard: Shard,
+        rows: range,
+        made: _Vectors,
+        multiplier: Multiplier,
+        results: dict[Method, "_Result"],
+    ) -> None:
+        arrays = shard.read_all()
+        products = {n: multiplier.multiply(arrays[n]) for n in {reading.rows for reading in self.readings.values()}}
+        for method, reading in self.readings.items():
+            factors = reading.factors(arrays)
+            sums = sum_by_sample(products[reading.rows], arrays["sample"], factors, len(shard.ids))
+            sums = sums.reshape(len(shard.ids), len(rows), -1)
+            columns = self.work.subject.train.rows(shard.ids)
+            number = self.steps.index(shard.step)
+            results[method].add(rows, columns, *split_products(self.work, method, sums, made.lengths))
+            results[method].add_facts(number, columns, arrays, reading)
+            results[method].facts[number]["query_norms"][rows.start : rows.stop] = made.norms
+
+    def _vectors(self, step: int, rows: range) -> _Vectors:
+        """Sum what is kept of some queries over the timesteps."""
+        work, grid = self.work, self.work.query_grid
+        phase_of_point = torch.arange(grid.timesteps) * work.phases // grid.timesteps
+        vectors, lengths, norms = [], [], []
+        for row in rows:
+            arrays = read_arrays(self._path(step, row))
+            found = torch.from_numpy(arrays["norms"]).double()  # timestep, length
+            parts = _from_bits(arrays["rows"]) * found[:, 1:, None].float()  # timestep, part, width
+            factors = sum_coefficients(found, phase_of_point, work.query_families, work.phases, work.halves)
+            vectors.append((factors / grid.timesteps).flatten(1).float() @ parts.flatten(0, 1))
+            lengths.append(sample_lengths(work, vectors[-1]))
+            norms.append(arrays["norms"][:, 0].astype(np.float64))
+        return _Vectors(torch.stack(vectors), np.array(lengths), np.stack(norms))
+
+    def _path(self, step: int, row: int) -> Path:
+        return self.cache / self.keys[row] / f"{step:08d}.safetensors"
+
+    def _fill_cache(self) -> None:
+        """Take the gradients of the queries that are not kept yet."""
+        work = self.work
+        missing = {
+            c: [row for row in range(len(work.queries)) if not self._path(c.step, row).exists()]
+            for c in work.checkpoints
+        }
+        per_query = work.query_grid.timesteps * work.query_grid.draws
+        total = per_query * sum(map(len, missing.values()))
+        with progress_bar("query", total, "pass", shown=self.show_progress) as bar:
+            for checkpoint in (c for c in work.checkpoints if missing[c]):
+                bar.set_description_str(f"{f'queries at {checkpoint.step}':<24}")
+                source = work.subject.source(checkpoint, work.settings)
+                source.check(work.subject.train)
+                projection = self._projection(source, checkpoint)
+                for row in missing[checkpoint]:
+                    self._keep_query(source, projection, checkpoint.step, row, bar.update)
+
+    def _keep_query(
+        self,
+        source: GradientSource,
+        projection: AbstractProjection,
+        step: int,
+        row: int,
+        update: Callable[[int], Any],
+    ) -> None:
+        made = source.grid_rows(
+            self.work.queries,
+            [row],
+            "query",
+            self.work.query_grid,
+            projection,
+            halves=self.work.halves,
+            seed=self.work.settings.seed,
+            update=update,
+        )
+        norms = made.norms[0].astype(np.float32)
+        unit_rows = made.rows[0].float().cpu() * torch.from_numpy(inverse(norms[:, 1:]))[..., None]
+        write_arrays(self._path(step, row), {"rows": _to_bits(unit_rows, self.store.dtype), "norms": norms})
+
+    def _projection(self, source: GradientSource, checkpoint: Checkpoint) -> AbstractProjection:
+        """Make the store's projection, and refuse a model whose parameters it is not made for."""
+        space = self.store.spec["space"]
+        names = {canonical_name(name): name for name in source.capture.parameters}
+        shapes = {name: list(source.capture.parameters[own].shape) for name, own in names.items()}
+        differences = list(list_differences({"parameters": space["parameters"]}, {"parameters": shapes}))
+        if differences:
+            raise StoreError(
+                f"{self.store.folder} holds gradients of other parameters than checkpoint {checkpoint.step} has: "
+                f"{'; '.join(differences)}. Make a store of this model with `whence index`."
+            )
+        about = space["projection"]
+        return projection_of(source, about, [names[name] for name in about["direct"]])
+
+    def _check_ids(self, groups: list[list[Shard]]) -> None:
+        """Refuse a store of more or fewer images than there are."""
+        held = {id_ for group in groups for shard in group for id_ in shard.ids}
+        lacking = [id_ for id_ in self.work.subject.train.ids if id_ not in held]
+        beyond = sorted(held - set(self.work.subject.train.ids))
+        if lacking:
+            raise StoreError(
+                f"{self.store.folder} lacks {len(lacking)} of the training images: {name_ids(lacking)}. Run `whence "
+                "index` again, which computes only those."
+            )
+        if beyond:
+            raise StoreError(
+                f"{self.store.folder} holds {len(beyond)} images that are not among the training images: "
+                f"{name_ids(beyond)}. Give all images with --data."
+            )
+
+
+class _Result:
+    """The scores of one method, while the store is read."""
+
+    def __init__(self, work: Workload):
+        self.work = work
+        num_query, num_train = len(work.queries), len(work.subject.train)
+        self.totals = {"phases": np.zeros((num_query, work.phases, num_train))}
+        if work.halves:
+            self.totals["halves"] = np.zeros((2, num_query, num_train))
+        self.facts: list[dict[str, ndarray]] = [
+            {
+                "query_norms": np.zeros((num_query, work.query_grid.timesteps)),
+                "train_norms": np.full(num_train, np.nan),
+                "train_weights": np.zeros(num_train),
+            }
+            for _ in work.checkpoints
+        ]
+
+    def add(self, rows: range, columns: list[int], phases: ndarray, halves: ndarray | None) -> None:
+        """Add the contribution of a shard to some queries."""
+        self.totals["phases"][rows.start : rows.stop, :, columns] += phases
+        if halves is not None:
+            self.totals["halves"][:, rows.start : rows.stop, columns] += halves
+
+    def add_facts(self, number: int, columns: list[int], arrays: dict[str, ndarray], reading: Reading) -> None:
+        """Note lengths, weights and timesteps of a shard's images at a checkpoint."""
+        facts, sample, num_images = self.facts[number], arrays["sample"], len(columns)
+        lengths = arrays.get("norm_rms", arrays["norms"]).astype(np.float64)
+        facts["train_norms"][columns] = rms_by_image(sample, lengths, num_images)
+        assert reading.weights is not None  # every method has weights
+        facts["train_weights"][columns] = np.bincount(sample, arrays[reading.weights], num_images)
+        if not hasattr(self.work.train_events, "timesteps"):
+            known = facts.setdefault("train_timesteps", np.full(len(facts["train_norms"]), -1, dtype=np.int64))
+            last = np.full(num_images, -1, dtype=np.int64)
+            last[sample] = arrays["timestep"]  # visits are in order of step, so the last one stays
+            known[columns] = last
+
+    def finish(self, method: Method) -> Scores:
+        """Give the scores."""
+        return make_scores(self.work, method, self.totals, self.facts)
+
+
+def _reading(store: Store, method: Method) -> Reading:
+    """Say which rows of a store stand for a method's normalised gradients."""
+    weights, unit = f"weight.{method.weights}", method.train.unit
+    if store.spec["provenance"]["plan"]["keep"] == "sum":
+        if unit in ("event", "timestep"):
+            return Reading("unit_rows", "unit_norms", weights)
+        return Reading("rows", None if unit == "sample" else "norms", weights)
+    return Reading("rows", None if unit in ("event", "timestep") else "norms", weights, unit_samples=unit == "sample")
+
+
+def _to_bits(rows: Float[Tensor, "timestep part width"], dtype: str) -> ndarray:
+    """Round rows to the type of the store's; bfloat16, which numpy does not know, is kept by its bits."""
+    rounded = rows.to(getattr(torch, dtype))
+    return rounded.view(torch.int16).numpy() if dtype == "bfloat16" else rounded.numpy()
+
+
+def _from_bits(rows: ndarray) -> Float[Tensor, "timestep part width"]:
+    """Give what :func:`_to_bits` has rounded, as float32."""
+    found = torch.from_numpy(rows)
+    return (found.view(torch.bfloat16) if found.dtype == torch.int16 else found).float()

@@ -1,0 +1,217 @@
+"""How much work a trace is: at which events of which checkpoints gradients are taken, and what of them is held.
+
+The pass itself, its bound on memory and the plan of it all count here, so that they cannot disagree.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from whence.checkpoints import Checkpoint
+from whence.config import TraceSettings
+from whence.data import ImageData
+from whence.errors import ConfigError, check_choice
+from whence.event_table import EventTable, Replays
+from whence.gradients import Family, num_vectors
+from whence.methods.frame import Grid, Method, Replay, Unit, WeightsRule
+from whence.subject import Subject
+
+_FAMILIES: tuple[Family, ...] = ("none", "timestep")
+
+
+def num_phases(method: Method, settings: TraceSettings) -> int:
+    """Count the bins of query timesteps that are kept apart: those asked for, or at most four."""
+    return settings.phases or min(4, _query_grid(method).timesteps)
+
+
+def check_method(method: Method, settings: TraceSettings) -> None:
+    """Refuse a declaration that streaming cannot follow.
+
+    Raises:
+        ConfigError: With all faults found.
+    """
+    check_choice("unit", method.train.unit, Unit)
+    check_choice("unit", method.query.unit, Unit)
+    check_choice("weights", method.weights, WeightsRule)
+    replayed = isinstance(method.train.events, Replay)
+    allowed = ("none", "event") if replayed else ("none", "timestep", "sample")
+    faults = []
+    if method.train.unit not in allowed:
+        faults.append(f"on the training side, {'a replay' if replayed else 'a grid'} has unit {', '.join(allowed)}")
+    if not isinstance(method.query.events, Grid) or method.query.unit == "event":
+        raise ConfigError(f"{method.name}: queries are taken on a grid, with unit none, timestep or sample.")
+    if method.weights == "published" and method.train.events == Replay("all"):
+        faults.append("weights 'published' are those of a whole interval; use them with the last visit")
+    draws, timesteps = method.query.events.draws, method.query.events.timesteps
+    if draws != 1 and draws % 2:
+        faults.append(f"draws must be an even number, to be split in two halves, or 1; found {draws}")
+    if num_phases(method, settings) > timesteps:
+        faults.append(f"phases must be at most timesteps = {timesteps}, found {settings.phases}")
+    if isinstance(method.train.events, Grid):
+        draws = max(draws, method.train.events.draws)
+    if draws > settings.batch_size:
+        faults.append(f"batch_size must hold all draws of a timestep ({draws}), found {settings.batch_size}")
+    if faults:
+        raise ConfigError(f"{method.name}: {'; '.join(faults)}.")
+
+
+@dataclass(frozen=True)
+class PassCount:
+    """Sample-passes at one checkpoint: forward and backward passes of one sample."""
+
+    step: int
+    query: int
+    train: int
+    """In one turn over the training set."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is held in memory beside the weights, but for its size."""
+
+    num_queries: int
+    vectors_per_query: int
+    query_grid: Grid | None
+    """Grid whose gradients are summed into those vectors."""
+    query_parts: int
+    """Parts into which the draws of a timestep fall."""
+    train_grid: Grid | None
+    """Grid on the training side; None where events are taken one by one."""
+    train_families: int
+
+    @property
+    def smallest_batch(self) -> int:
+        """Events that must go through the network at once: the draws of a timestep."""
+        return max([1, *(grid.draws for grid in (self.query_grid, self.train_grid) if grid)])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The work of methods that take gradients at the same events of the same checkpoints."""
+
+    subject: Subject
+    queries: ImageData
+    methods: Sequence[Method]
+    settings: TraceSettings
+
+    @property
+    def train_events(self) -> Grid | Replay:
+        """Events on the training side."""
+        return self.methods[0].train.events
+
+    @property
+    def query_grid(self) -> Grid:
+        """Events on the query side."""
+        return _query_grid(self.methods[0])
+
+    @property
+    def halves(self) -> bool:
+        """Whether sums over half of the draws are kept."""
+        return self.query_grid.draws > 1
+
+    @property
+    def phases(self) -> int:
+        """Bins of query timesteps that are kept apart."""
+        return num_phases(self.methods[0], self.settings)
+
+    @cached_property
+    def query_families(self) -> list[Family]:
+        """Sums on the query side."""
+        return [f for f in _FAMILIES if any(family_of(m.query.unit) == f for m in self.methods)]
+
+    @cached_property
+    def train_families(self) -> list[Family]:
+        """Sums on the training side, where it is a grid."""
+        return [f for f in _FAMILIES if any(family_of(m.train.unit) == f for m in self.methods)]
+
+    @cached_property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Checkpoints at which gradients are taken."""
+        return list(self.subject.checkpoints)[-1 if self.methods[0].checkpoints == "last" else 0 :]
+
+    @property
+    def vectors_per_query(self) -> int:
+        """Whole gradients that are held for a query."""
+        return sum(num_vectors(family, self.phases, self.halves) for family in self.query_families)
+
+    @property
+    def demand(self) -> Demand:
+        """What is held in memory."""
+        return Demand(
+            num_queries=len(self.queries),
+            vectors_per_query=self.vectors_per_query,
+            query_grid=self.query_grid,
+            query_parts=2 if self.halves else 1,
+            train_grid=self.train_events if isinstance(self.train_events, Grid) else None,
+            train_families=len(self.train_families),
+        )
+
+    @cached_property
+    def passes(self) -> list[PassCount]:
+        """Sample-passes of each checkpoint."""
+        everything = range(len(self.subject.train))
+        per_query = self.query_grid.timesteps * self.query_grid.draws
+        return [
+            PassCount(c.step, query=len(self.queries) * per_query, train=self.num_events(c, everything))
+            for c in self.checkpoints
+        ]
+
+    def num_passes(self, num_turns: int) -> int:
+        """Count sample-passes in all."""
+        return sum(count.query + num_turns * count.train for count in self.passes)
+
+    def num_events(self, checkpoint: Checkpoint, block: range) -> int:
+        """Count the events of some training images."""
+        if isinstance(self.train_events, Grid):
+            return len(block) * self.train_events.timesteps * self.train_events.draws
+        return len(rows_between(self.replayed_events(checkpoint, self.methods[0].weights), block))
+
+    def split_queries(self, num_params: int, query_bytes: int) -> list[range]:
+        """Split the queries into turns whose gradients fit into the memory allowed, of one query at least."""
+        per_query = self.vectors_per_query * num_params * np.dtype(self.settings.dtype).itemsize
+        at_once = max(1, query_bytes // per_query)
+        return [range(i, min(i + at_once, len(self.queries))) for i in range(0, len(self.queries), at_once)]
+
+    def replayed_events(self, checkpoint: Checkpoint, rule: WeightsRule) -> EventTable:
+        """List the events of a checkpoint's interval, once."""
+        assert isinstance(self.train_events, Replay)
+        key = (checkpoint.step, rule)
+        if key not in self._tables:
+            replays, previous = self._need_replays(rule), self.subject.previous_step[checkpoint.step]
+            self._tables[key] = replays.events(previous, checkpoint.step, self.train_events, rule)
+        return self._tables[key]
+
+    def grid_weight(self, checkpoint: Checkpoint, rule: WeightsRule) -> float:
+        """Give the weight of a checkpoint where training images are taken on a grid."""
+        if rule == "equal":
+            return 1.0
+        return self._need_replays(rule).grid_weight(self.subject.previous_step[checkpoint.step], checkpoint.step, rule)
+
+    @cached_property
+    def _tables(self) -> dict[tuple[int, WeightsRule], EventTable]:
+        return {}
+
+    def _need_replays(self, rule: WeightsRule) -> Replays:
+        if self.subject.replays is None:
+            raise ConfigError(
+                f"weights={rule!r} and replays need a record of training; use a grid with weights='equal'."
+            )
+        return self.subject.replays
+
+
+def family_of(unit: Unit) -> Family:
+    """Say which sums a normalisation is made of."""
+    return "timestep" if unit == "timestep" else "none"
+
+
+def rows_between(table: EventTable, rows: range) -> EventTable:
+    """Keep the events of some training images; the table is ordered by row."""
+    first, last = np.searchsorted(table.row, [rows.start, rows.stop])
+    return table.take(slice(int(first), int(last)))
+
+
+def _query_grid(method: Method) -> Grid:
+    assert isinstance(method.query.events, Grid)  # check_method
+    return method.query.events
