@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy import ndarray
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from whence.config import TraceSettings
 from whence.engine.sinks import Layout
@@ -83,7 +83,7 @@ def compare(exact: Exact, rows: torch.Tensor, psi: torch.Tensor) -> dict[str, fl
     """Compare projected scores with exact ones."""
     query_norms = exact.vectors.double().norm(dim=1).numpy()
     found = (psi @ rows.T).double().numpy() / np.outer(query_norms, exact.norms)
-    ranks = [spearmanr(a, b).statistic for a, b in zip(found, exact.cosines, strict=True)]
+    ranks = [float(np.corrcoef(rankdata(a), rankdata(b))[0, 1]) for a, b in zip(found, exact.cosines, strict=True)]
     top, want = (np.argsort(-values, axis=1)[:, :10] for values in (found, exact.cosines))
     shared = [len(set(a) & set(b)) / 10 for a, b in zip(top, want, strict=True)]
     lengths = rows.double().norm(dim=1).numpy() / exact.norms - 1

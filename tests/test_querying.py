@@ -366,8 +366,8 @@ def shas(store):
     return {shard.path.name: shard.sha256 for step in store.steps for shard in store.shards(step)}
 
 
-def test_two_processes_share_the_work(subject, store, toy_run, tmp_path):
-    """Started at the same moment on the same store: both end well, and every block is there once."""
+def start_indexing(run, folder):
+    """Start a process that indexes the run of the fixture ``subject``, with as many threads as this one has."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[3])\n"
         "from pathlib import Path\n"
@@ -376,10 +376,14 @@ def test_two_processes_share_the_work(subject, store, toy_run, tmp_path):
         "subject = Subject(list_checkpoints(run), toy_images(10), Record.open(run / 'record'), 'mse')\n"
         "index(subject, EXACT, Path(sys.argv[2]), show_progress=False)\n"
     )
-    command = [sys.executable, "-c", code, str(toy_run), str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", code, str(run), str(folder), str(Path(__file__).parent)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    workers = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for _ in range(2)]
-    for worker in workers:
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+
+
+def test_two_processes_share_the_work(subject, store, toy_run, tmp_path):
+    """Started at the same moment on the same store: both end well, and every block is there once."""
+    for worker in [start_indexing(toy_run, tmp_path) for _ in range(2)]:
         _, said = worker.communicate(timeout=120)
         assert worker.returncode == 0, said.decode()
     (folder,) = (tmp_path / "stores").iterdir()
@@ -387,20 +391,15 @@ def test_two_processes_share_the_work(subject, store, toy_run, tmp_path):
     assert both.verify() == [] and shas(both) == shas(store)
 
 
-def test_killed_while_indexing_goes_on_to_the_same_bytes(subject, store, tmp_path):
-    """Killed with SIGKILL as soon as there is a first shard, several times, then run again."""
+def test_killed_while_indexing_goes_on_to_the_same_bytes(subject, store, toy_run, tmp_path):
+    """Killed with SIGKILL as soon as there are some shards, several times, then run again."""
     for num_shards in (1, 3, 4):
-        child = os.fork()
-        if child == 0:
-            try:
-                index(subject, EXACT, tmp_path, show_progress=False)
-            finally:
-                os._exit(0)
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.rglob("*.safetensors"))) < num_shards and time.monotonic() < deadline:
+        worker = start_indexing(toy_run, tmp_path)
+        while len(list(tmp_path.rglob("*.safetensors"))) < num_shards and worker.poll() is None:
             time.sleep(0.005)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        worker.kill()
+        _, said = worker.communicate(timeout=60)
+        assert worker.returncode in (0, -signal.SIGKILL), said.decode()
     held = index(subject, EXACT, tmp_path, show_progress=False)
     assert shas(held) == shas(store)
     assert not [finding for finding in held.verify() if "interrupted" not in finding]
