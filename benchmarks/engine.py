@@ -73,7 +73,7 @@ class Row:
     """One path on one model."""
 
     model: str
-    library: str
+    package: str
     path: str
     computes: str
     seconds: list[float] = field(default_factory=list)
@@ -117,7 +117,7 @@ def measure_model(
     """Measure every path on one model."""
     rows = [Row(name, OURS, path, about.computes) for path, about in paths.PATHS.items()]
     rows += [Row(name, path.split()[0], path, about.computes) for path, about in peers.PATHS.items()]
-    rows = [row for row in rows if row.library in libraries]
+    rows = [row for row in rows if row.package in libraries]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "case.safetensors"
         save_case(file, name, batch_size, max(paths.DRAWS, 2 * batch_size))
@@ -131,7 +131,7 @@ def measure_model(
     operations = count_operations(case)
     for row in rows:
         row.coverage = None if row.num_params is None else row.num_params / case.num_params
-        bound = paths.PATHS[row.path].bound if row.library == OURS else None
+        bound = paths.PATHS[row.path].bound if row.package == OURS else None
         row.bound = None if bound is None else bound(operations)
     return rows
 
@@ -141,7 +141,7 @@ def compare(rows: Sequence[Row], workers: Workers, folder: Path) -> None:
     exact: dict[str, np.ndarray] = {}
     for row in sorted(rows, key=lambda row: row.path != paths.EXACT):
         try:
-            answer = workers.ask(row.library, row.path, "results", file=str(folder / "results.npz"))
+            answer = workers.ask(row.package, row.path, "results", file=str(folder / "results.npz"))
         except WorkerError as error:
             row.error = str(error)
             continue
@@ -172,7 +172,7 @@ def time_in_turns(rows: Sequence[Row], workers: Workers, settings: Settings) -> 
             if row.error or turn >= runs[k]:
                 continue
             try:
-                answer = workers.ask(row.library, row.path, "time")
+                answer = workers.ask(row.package, row.path, "time")
             except WorkerError as error:
                 row.error = str(error)
                 continue
@@ -189,7 +189,7 @@ def measure_memory(rows: Sequence[Row], workers: Workers) -> None:
     for row in rows:
         if row.error is None:
             try:
-                answer = workers.ask(row.library, row.path, "memory")
+                answer = workers.ask(row.package, row.path, "memory")
             except WorkerError:
                 continue
             if answer["bytes"] is not None:

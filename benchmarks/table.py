@@ -45,8 +45,8 @@ def to_markdown(result: dict[str, Any]) -> str:
     """
     about, rows = result["about"], result["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    ours = [row for row in rows if row["library"] == OURS]
-    theirs = [row for row in rows if row["library"] != OURS]
+    ours = [row for row in rows if row["package"] == OURS]
+    theirs = [row for row in rows if row["package"] != OURS]
     parts = [
         "# What gradients cost",
         f"    {about['command']}",
