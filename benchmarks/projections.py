@@ -27,11 +27,9 @@ from numpy import ndarray
 from scipy.stats import rankdata
 
 from whence.config import TraceSettings
-from whence.engine.sinks import Layout
-from whence.gradients import GradientSource
 from whence.methods.frame import Grid, Replay
 from whence.pipeline import open_run
-from whence.projections import AbstractProjection, ProjectionKind, make_projection
+from whence.projections import ProjectionKind, make_projection
 
 KINDS: tuple[ProjectionKind, ...] = ("two_sided_sketch", "sketch", "rademacher")
 WIDTHS = (512, 2048, 8192)
@@ -69,14 +67,6 @@ class Exact:
     vectors: torch.Tensor  # query param
     cosines: ndarray  # query train
     norms: ndarray  # train
-
-
-def project_vectors(projection: AbstractProjection, layout: Layout, source: GradientSource, vectors: torch.Tensor):
-    """Project whole gradients."""
-    rows = torch.zeros(len(vectors), projection.width)
-    for name, span in layout.spans.items():
-        projection.add(rows, name, vectors[:, span].unflatten(1, source.capture.parameters[name].shape))
-    return rows
 
 
 def compare(exact: Exact, rows: torch.Tensor, psi: torch.Tensor) -> dict[str, float]:
@@ -134,7 +124,7 @@ def measure(run_folder: str, num_train: int, num_queries: int, kinds: list[Proje
                 rows, _ = source.rows(table, subject.train, projection, lambda count: None)
                 rows_s = time.monotonic() - started_s
                 for method, found in exact.items():
-                    psi = project_vectors(projection, source.layout, source, found.vectors)
+                    psi = source.project(projection, found.vectors)
                     yield Line(kind, side, width, method, **compare(found, rows, psi), rows_s=rows_s)
 
 

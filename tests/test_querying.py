@@ -347,6 +347,7 @@ class TestIndexing:
         [
             ({"width": 0}, "width must be above 0, found 0"),
             ({"grid": True, "train_draws": 9}, r"batch_size must hold all draws of a timestep \(9\), found 8"),
+            ({"dtype": "float64", "autocast": "bf16"}, "float64 .* autocast"),
         ],
     )
     def test_settings_that_cannot_be_met_are_refused(self, subject, tmp_path, change, message):

@@ -14,7 +14,7 @@ from numpy import ndarray
 
 from whence._files import sha256_of_json
 from whence.checkpoints import check_same_architecture
-from whence.config import AutocastName, DtypeName, TraceSettings, WeightsName
+from whence.config import AutocastName, DtypeName, GradientSettings, TraceSettings, WeightsName
 from whence.data import ImageData
 from whence.diffusion.noise import noise_key, normals
 from whence.errors import ConfigError, ScoresError, check_choice
@@ -212,20 +212,33 @@ def check_trace_settings(settings: TraceSettings) -> None:
     Raises:
         ConfigError: With all faults found.
     """
+    check_gradient_settings(settings, positive=("timesteps", "draws", "phases"))
+    if settings.memory is not None:
+        parse_memory(settings.memory)
+
+
+def check_gradient_settings(settings: GradientSettings, *, positive: Sequence[str], faults: Sequence[str] = ()) -> None:
+    """Refuse settings under which no gradients of training images can be taken.
+
+    Args:
+        settings: What is asked for, of a trace or an index.
+        positive: More fields that must be above 0 where they are given.
+        faults: What was found already.
+
+    Raises:
+        ConfigError: With all faults found.
+    """
     check_choice("weights_name", settings.weights_name, WeightsName)
     check_choice("dtype", settings.dtype, DtypeName)
     check_choice("autocast", settings.autocast, AutocastName)
     if settings.replay is not None:
         check_choice("replay", settings.replay, ReplayedVisits)
-    positive = ["timesteps", "draws", "train_timesteps", "train_draws", "phases"]
-    positive += ["batch_size", "block_size"]
-    values = {name: getattr(settings, name) for name in positive}
+    names = [*positive, "train_timesteps", "train_draws", "batch_size", "block_size"]
+    values = {name: getattr(settings, name) for name in names}
     # Not v <= 0, which NaN is not.
-    faults = [f"{n} must be above 0, found {v}" for n, v in values.items() if v is not None and not 0 < v < math.inf]
-    if faults:
-        raise ConfigError("; ".join(faults) + ".")
-    if settings.memory is not None:
-        parse_memory(settings.memory)
+    below = [f"{n} must be above 0, found {v}" for n, v in values.items() if v is not None and not 0 < v < math.inf]
+    if below or faults:
+        raise ConfigError("; ".join([*below, *faults]) + ".")
     check_device(settings.device)
     on_gpu = torch.device(settings.device).type == "cuda"
     if settings.dtype == "float64" and settings.autocast != "no":
@@ -234,7 +247,7 @@ def check_trace_settings(settings: TraceSettings) -> None:
             "the two."
         )
     if settings.tf32 and not on_gpu:
-        warnings.warn(f"tf32 has no effect on {settings.device}: it is a type of CUDA devices.", stacklevel=2)
+        warnings.warn(f"tf32 has no effect on {settings.device}: it is a type of CUDA devices.", stacklevel=3)
 
 
 def _check_methods(methods: Sequence[Method | Baseline], settings: TraceSettings) -> None:
@@ -266,7 +279,7 @@ def _spec(method: Method | Baseline, subject: Subject, queries: ImageData, setti
         seed = {"seed": settings.seed} if method.kind == "random" else {}
         return {"version": SCORING_VERSION, "method": asdict(method), **seed, "train": train, "queries": asked}
     kinds = {"events": type(method.train.events).__name__, "query_events": type(method.query.events).__name__}
-    used = subject.checkpoints if method.checkpoints == "all" else subject.checkpoints[-1:]
+    used = subject.used_checkpoints(method.checkpoints)
     return {
         "version": SCORING_VERSION,
         "method": asdict(method) | kinds,

@@ -275,11 +275,17 @@ class GradientSource:
         norms = np.empty((len(rows), grid.timesteps, 1 + parts))
         for samples, steps, lengths, gradients in self._grid_points(images, rows, side, grid, parts, seed, update):
             norms[samples, steps] = lengths.cpu().numpy()
-            found = torch.zeros(len(gradients), projection.width, dtype=self.dtype, device=self.device)
-            for name, span in self.layout.spans.items():
-                projection.add(found, name, gradients[:, span].view(-1, *self.capture.parameters[name].shape))
-            projected[samples, steps] = found.unflatten(0, (-1, parts))
+            projected[samples, steps] = self.project(projection, gradients).unflatten(0, (-1, parts))
         return GridRows(projected, norms)
+
+    def project(
+        self, projection: AbstractProjection, gradients: Float[Tensor, "unit param"]
+    ) -> Float[Tensor, "unit width"]:
+        """Project whole gradients, laid out as :attr:`layout` says."""
+        rows = torch.zeros(len(gradients), projection.width, dtype=self.dtype, device=self.device)
+        for name, span in self.layout.spans.items():
+            projection.add(rows, name, gradients[:, span].view(-1, *self.capture.parameters[name].shape))
+        return rows
 
     def _grid_points(
         self,
@@ -310,12 +316,9 @@ class GradientSource:
             num_points = len(events) // grid.draws
             sink = GatherSink(self.layout, buffer[: num_points * parts], units_per_group=parts)
             scale = self._backward(events, images, num_points * parts, 1.0 / grid.draws, [sink])
-            lengths = (
-                torch.cat(
-                    [sink.group_norm_squared[:, None], sink.unit_norm_squared.unflatten(0, (num_points, parts))], dim=1
-                ).sqrt()
-                / scale
-            )
+            of_parts = sink.unit_norm_squared.unflatten(0, (num_points, parts))
+            of_average = of_parts if parts == 1 else sink.group_norm_squared[:, None]
+            lengths = torch.cat([of_average, of_parts], dim=1).sqrt() / scale
             if scale != 1:
                 sink.rows /= scale
             self._check_finite(lengths[:, 0].cpu().numpy(), events.take(slice(0, None, grid.draws)), images)
@@ -380,8 +383,7 @@ class GradientSource:
         """
         rows = list(range(min(4, len(images))))
         table = grid_events(images, rows, "train", Grid(timesteps=2), self.process.num_timesteps, seed=0)
-        no_vectors = torch.zeros(0, self.layout.num_params, dtype=self.dtype, device=self.device)
-        self.dots(table, images, no_vectors, lambda num_events: None)
+        self.dots(table, images, self.no_vectors(), lambda num_events: None)
         scale = self._scale(images)
         with tensor_float_32(self.tf32):
             check_against_autograd(

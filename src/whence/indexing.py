@@ -15,7 +15,6 @@ sum`` ``norm_rms``, the root of the mean square of the units' lengths.
 """
 
 import hashlib
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +25,9 @@ from numpy import ndarray
 
 from whence._store_checks import name_ids
 from whence.assembly import inverse
+from whence.attribution import check_gradient_settings
 from whence.checkpoints import Checkpoint, check_same_architecture
-from whence.config import DtypeName, IndexSettings, ProjectionKind, RowsDtype, WeightsName
+from whence.config import IndexSettings, ProjectionKind, RowsDtype
 from whence.data import ImageData
 from whence.errors import ConfigError, check_choice
 from whence.event_table import EventTable, check_same_data, grid_events
@@ -36,10 +36,9 @@ from whence.methods.frame import Grid, Replay, WeightsRule
 from whence.progress import progress_bar
 from whence.projections import AbstractProjection
 from whence.store import Block, Store
-from whence.store_spec import make_spec, plan_of, projection_of, settle, used_checkpoints, weight_rules
+from whence.store_spec import make_spec, plan_of, projection_of, settle, weight_rules
 from whence.streaming import rms_by_image
 from whence.subject import Subject
-from whence.training import check_device
 
 _PIXELS_AT_ONCE = 256
 """Images held at once for their hashes."""
@@ -86,7 +85,7 @@ def index(
         raise ConfigError(
             f"batch_size must hold all draws of a timestep ({with_draws.draws}), found {settings.batch_size}."
         )
-    last = used_checkpoints(subject, settings.checkpoints)[-1]
+    last = subject.used_checkpoints(settings.checkpoints)[-1]
     source = subject.source(last, settings)
     direct = source.rank_one_parameters(subject.train)
     about = {"kind": settings.projection, "seed": settings.projection_seed} | {
@@ -141,18 +140,11 @@ def content_hashes(images: ImageData) -> list[str]:
 
 
 def _check_settings(settings: IndexSettings, part: Part | None) -> None:
-    check_choice("weights_name", settings.weights_name, WeightsName)
-    check_choice("dtype", settings.dtype, DtypeName)
     check_choice("projection", settings.projection, ProjectionKind)
     check_choice("rows", settings.rows, RowsDtype)
-    positive = ("train_timesteps", "train_draws", "batch_size", "block_size", "width", "side")
-    values = {name: getattr(settings, name) for name in positive}
-    faults = [f"{n} must be above 0, found {v}" for n, v in values.items() if v is not None and not 0 < v < math.inf]
-    if part is not None and not 1 <= part[0] <= part[1]:
-        faults.append(f"part must be one of 1/n to n/n, found {part[0]}/{part[1]}")
-    if faults:
-        raise ConfigError("; ".join(faults) + ".")
-    check_device(settings.device)
+    wrong_part = part is not None and not 1 <= part[0] <= part[1]
+    faults = [f"part must be one of 1/n to n/n, found {part[0]}/{part[1]}"] if part and wrong_part else []
+    check_gradient_settings(settings, positive=("width", "side"), faults=faults)
 
 
 class _Indexing:
@@ -176,7 +168,7 @@ class _Indexing:
 
     def run(self, source: GradientSource, source_of: Checkpoint, show_progress: bool) -> None:
         """Fill the store, the last checkpoint first: its model is loaded already."""
-        order = used_checkpoints(self.subject, self.settings.checkpoints)[::-1]
+        order = self.subject.used_checkpoints(self.settings.checkpoints)[::-1]
         todo = {checkpoint.step: self._blocks(checkpoint) for checkpoint in order}
         total = sum(self._num_events(c, block) for c in order for block in todo[c.step])
         with progress_bar("index", total, "pass", shown=show_progress) as bar:

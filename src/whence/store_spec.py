@@ -13,7 +13,6 @@ from typing import Any
 from whence._files import as_json
 from whence._store_checks import list_differences
 from whence.attribution import UNRECORDED, declare
-from whence.checkpoints import Checkpoint
 from whence.config import IndexSettings, QuerySettings, TraceSettings
 from whence.errors import StoreError
 from whence.gradients import GradientSource
@@ -48,11 +47,6 @@ def weight_rules(events: Replay | Grid, keep: str, *, has_record: bool) -> list[
     if events == Replay("all"):
         return ["learning_rate", "equal"]  # published weights are those of a whole interval
     return ["learning_rate", "equal", "published"]
-
-
-def used_checkpoints(subject: Subject, which: str) -> list[Checkpoint]:
-    """Give the checkpoints that ``all`` or ``last`` means."""
-    return list(subject.checkpoints)[-1 if which == "last" else 0 :]
 
 
 def projection_of(source: GradientSource, about: Mapping[str, Any], direct: Sequence[str]) -> AbstractProjection:
@@ -93,7 +87,7 @@ def make_spec(
         The specification, in plain values.
     """
     has_record = subject.record is not None
-    about = subject.describe(used_checkpoints(subject, settings.checkpoints), settings)
+    about = subject.describe(subject.used_checkpoints(settings.checkpoints), settings)
     del about["train"]  # a store grows with its data set
     events = plan_of(settings, has_record=has_record)
     space = {
@@ -193,7 +187,7 @@ def check_serves(store: Store, method: Method, subject: Subject) -> None:
     """
     plan, events = store.spec["provenance"]["plan"], events_of(store.spec)
     held = {c["step"] for c in store.spec["space"]["checkpoints"]}
-    needed = {c.step for c in used_checkpoints(subject, method.checkpoints)}
+    needed = {c.step for c in subject.used_checkpoints(method.checkpoints)}
     lacking = []
     if method.train.events != events:
         lacking.append(f"it needs {method.train.events} of each training image, the store holds {events}")

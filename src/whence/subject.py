@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from whence.checkpoints import Checkpoint, check_files, load_model, load_scheduler
 from whence.config import GradientSettings, LossName
@@ -31,6 +31,10 @@ class Subject:
     def process(self) -> NoiseProcess:
         """The noising process of the last checkpoint."""
         return NoiseProcess.from_scheduler(load_scheduler(self.checkpoints[-1]))
+
+    def used_checkpoints(self, which: Literal["all", "last"]) -> list[Checkpoint]:
+        """Give the checkpoints that a method or store takes gradients at."""
+        return list(self.checkpoints)[-1 if which == "last" else 0 :]
 
     @cached_property
     def previous_step(self) -> dict[int, int]:

@@ -129,7 +129,7 @@ class Workload:
     @cached_property
     def checkpoints(self) -> list[Checkpoint]:
         """Checkpoints at which gradients are taken."""
-        return list(self.subject.checkpoints)[-1 if self.methods[0].checkpoints == "last" else 0 :]
+        return self.subject.used_checkpoints(self.methods[0].checkpoints)
 
     @property
     def vectors_per_query(self) -> int:

@@ -28,17 +28,21 @@ def timesteps() -> Tensor:
 
 # --- U-Nets
 
+SMALL = {
+    "sample_size": 8,
+    "in_channels": 2,
+    "out_channels": 2,
+    "block_out_channels": (4, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+}
+
 
 def unet(**changes: Any) -> tuple[nn.Module, Inputs]:
     settings: dict[str, Any] = {
-        "sample_size": 8,
-        "in_channels": 2,
-        "out_channels": 2,
-        "block_out_channels": (4, 8),
-        "layers_per_block": 1,
+        **SMALL,
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 2,
         "attention_head_dim": 4,
         "num_train_timesteps": 50,
     }
@@ -53,14 +57,9 @@ def unet(**changes: Any) -> tuple[nn.Module, Inputs]:
 
 def text_unet(**changes: Any) -> tuple[nn.Module, Inputs]:
     settings: dict[str, Any] = {
-        "sample_size": 8,
-        "in_channels": 2,
-        "out_channels": 2,
-        "block_out_channels": (4, 8),
-        "layers_per_block": 1,
+        **SMALL,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "norm_num_groups": 2,
         "attention_head_dim": 2,
         "cross_attention_dim": 6,
     }

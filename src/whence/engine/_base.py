@@ -65,10 +65,14 @@ class AbstractLayerFactors(ABC):
         """What :meth:`materialise` gives, made once."""
         return self.materialise()
 
+    def gradient(self, name: str) -> Float[Tensor, "unit *shape"]:
+        """Give each unit's gradient of one parameter."""
+        return self.gradients[name]
+
     def pieces(self, names: Collection[str]) -> Iterator[Piece]:
         """Make the gradients of the named parameters piece by piece; the pieces of one parameter come in order."""
         for name in names:
-            gradients = self.gradients[name].flatten(1)
+            gradients = self.gradient(name).flatten(1)
             yield Piece(name, slice(0, gradients.shape[1]), gradients)
 
     def norm_squared(self, names: Collection[str]) -> Float64[Tensor, " unit"]:
@@ -109,9 +113,10 @@ class AbstractLayerFactors(ABC):
         """
         norm_squared = self._zeros()
         for own, name in names.items():
-            projection.add(rows, name, self.gradients[own])
+            gradients = self.gradient(own)
+            projection.add(rows, name, gradients)
             if with_norms:
-                norm_squared += squared_lengths(self.gradients[own].flatten(1))
+                norm_squared += squared_lengths(gradients.flatten(1))
         return norm_squared
 
     def _zeros(self) -> Float64[Tensor, " unit"]:
@@ -198,10 +203,14 @@ class MatrixLayerFactors(AbstractLayerFactors):
 
     def materialise(self) -> dict[str, Float[Tensor, "unit *shape"]]:
         """Make the gradients whole."""
-        gradients = {"weight": self.weight_rows(slice(0, len(self.layer.weight))).unflatten(2, self._inner_shape)}
-        if self.layer.bias is not None:
-            gradients["bias"] = self.bias()
-        return gradients
+        names = ["weight"] if self.layer.bias is None else ["weight", "bias"]
+        return {name: self.gradient(name) for name in names}
+
+    def gradient(self, name: str) -> Float[Tensor, "unit *shape"]:
+        """Make the gradient of one parameter, and not that of the other."""
+        if name == "bias":
+            return self.bias()
+        return self.weight_rows(slice(0, len(self.layer.weight))).unflatten(2, self.layer.weight.shape[1:])
 
     def pieces(self, names: Collection[str]) -> Iterator[Piece]:
         """Make the gradients some outputs at a time."""
@@ -227,31 +236,24 @@ class MatrixLayerFactors(AbstractLayerFactors):
         *,
         with_norms: bool,
     ) -> Float64[Tensor, " unit"]:
-        """Project the two factors, or the gradient that they make, whichever is cheaper."""
+        """Project the two factors of the weight, or the gradient that they make, whichever is cheaper."""
         sides = projection.sides(names["weight"]) if "weight" in names else None
         if sides is None:
             return super().project(projection, names, rows, with_norms=with_norms)
-        norm_squared = self._zeros()
+        rest = {own: name for own, name in names.items() if own != "weight"}
+        norm_squared = super().project(projection, rest, rows, with_norms=with_norms)
         if self._factors_pay(sides.out, sides.inner, with_norms):
-            projection.add_core(rows, names["weight"], self.project_factors(sides.out, sides.inner))
+            core = self.project_factors(sides.out, sides.inner)
             norm_squared += self.norm_squared(["weight"]) if with_norms else 0
         else:
             cores = []
             for start, block in self._row_blocks():
                 inner = block if sides.inner is None else block @ sides.inner
-                out = torch.eye(len(self.layer.weight)).to(block) if sides.out is None else sides.out
-                cores.append(out[start : start + block.shape[1]].T @ inner)
+                cores.append(inner if sides.out is None else sides.out[start : start + block.shape[1]].T @ inner)
                 norm_squared += squared_lengths(block.flatten(1)) if with_norms else 0
-            projection.add_core(rows, names["weight"], add_up(cores))
-        if "bias" in names:
-            bias = self.bias()
-            projection.add(rows, names["bias"], bias)
-            norm_squared += squared_lengths(bias) if with_norms else 0
+            core = torch.cat(cores, dim=1) if sides.out is None else add_up(cores)
+        projection.add_core(rows, names["weight"], core)
         return norm_squared
-
-    @property
-    def _inner_shape(self) -> torch.Size:
-        return self.layer.weight.shape[1:]
 
     @property
     def _gram_pays(self) -> bool:
@@ -273,8 +275,9 @@ class MatrixLayerFactors(AbstractLayerFactors):
         return self.positions * per_position + norms < self._row_cost + core_of_rows
 
     def _row_blocks(self) -> Iterator[tuple[int, Float[Tensor, "unit out inner"]]]:
-        for start in range(0, len(self.layer.weight), self.outputs_at_once):
-            yield start, self.weight_rows(slice(start, start + self.outputs_at_once))
+        at_once = self.outputs_at_once
+        for start in range(0, len(self.layer.weight), at_once):
+            yield start, self.weight_rows(slice(start, start + at_once))
 
 
 def add_up(parts: Iterable[Tensor]) -> Tensor:
