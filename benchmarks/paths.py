@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.data import ImageData
 from whence.diffusion.process import NoiseProcess
-from whence.engine.capture import Capture, Sink
+from whence.engine.capture import AbstractSink, Capture
 from whence.engine.sinks import DotSink, Layout, ProjectSink
 from whence.event_table import EventBatch, grid_events, make_batch
 from whence.gradients import GradientSource
@@ -41,7 +41,7 @@ class Passes:
         self.capture = Capture(case.model)
         self.layout = Layout.of(self.capture.parameters)
 
-    def backward(self, inputs: Inputs, sink: Sink) -> None:
+    def backward(self, inputs: Inputs, sink: AbstractSink) -> None:
         """Make one forward and backward pass, each sample a unit."""
         count = len(inputs)
         self.capture.run(lambda some: sample_losses(self.case.model, inputs[some]), count, count, [sink])

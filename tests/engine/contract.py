@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from whence.engine._base import AbstractLayerFactors, MatrixLayerFactors
-from whence.engine.capture import Capture
+from whence.engine.capture import AbstractSink, Capture
 from whence.projections import make_projection
 
 
@@ -32,7 +32,7 @@ class Case:
         return torch.randn(num_events, *self.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
 
 
-class KeepFactors:
+class KeepFactors(AbstractSink):
     """A sink that keeps the factors themselves, and counts how often it was called."""
 
     def __init__(self):

@@ -18,7 +18,7 @@ from whence.diffusion.adapters import check_model, predict
 from whence.diffusion.objectives import sample_loss
 from whence.diffusion.process import NoiseProcess
 from whence.engine._base import AbstractLayerFactors
-from whence.engine.capture import Capture
+from whence.engine.capture import AbstractSink, Capture
 from whence.engine.check import check_against_autograd
 from whence.engine.sinks import GatherSink, Layout
 from whence.errors import ConfigError, UnsupportedModelError
@@ -55,7 +55,7 @@ def test_gradients_of_a_training_loop_are_kept():
     assert all(torch.equal(p.grad, b) for p, b in zip(model.parameters(), before, strict=True) if p.grad is not None)
 
 
-class FailsToConsume:
+class FailsToConsume(AbstractSink):
     def __init__(self, of: type[nn.Module]):
         self.of = of
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.contract import Case, capture_factors, loss
-from whence.engine.capture import Capture, Sink
+from whence.engine.capture import AbstractSink, Capture
 from whence.engine.sinks import DotSink, GatherSink, Layout, ProjectSink
 from whence.projections import ProjectionKind, make_projection
 
@@ -130,7 +130,7 @@ def test_several_sinks_share_one_pass(model: nn.Module, data: Tensor, monkeypatc
     layout = Layout.of(capture.parameters)
     gather = GatherSink(layout, data.new_zeros(4, layout.num_params))
     dots = DotSink(layout, torch.ones(1, 87, dtype=torch.float64), 4)
-    assert isinstance(gather, Sink) and isinstance(dots, Sink)
+    assert isinstance(gather, AbstractSink) and isinstance(dots, AbstractSink)
     capture.run(lambda some: loss(model(data[some])), 4, 4, [gather, dots])
     assert len(count) == len(set(count)) == 3
     torch.testing.assert_close(dots.dots[:, 0], gather.rows.sum(1), rtol=1e-10, atol=1e-10)

@@ -298,7 +298,9 @@ def squared_lengths(rows: Float[Tensor, "unit param"]) -> Float64[Tensor, " unit
     """Squared length of each row, in float64 so that layers can be added up."""
     # In float32 vector_norm adds one number after another, which is off by 1e-4 for a million of them; it is ten times
     # as fast as a sum of squares, and exact enough for some thousand.
+    if rows.shape[1] <= _NUMBERS_PER_LENGTH:
+        return torch.linalg.vector_norm(rows, dim=1).double().square()
     whole = rows.shape[1] // _NUMBERS_PER_LENGTH * _NUMBERS_PER_LENGTH
     blocks = rows[:, :whole].unflatten(1, (-1, _NUMBERS_PER_LENGTH))
     lengths = torch.linalg.vector_norm(blocks, dim=2).double().square().sum(1)
-    return lengths + torch.linalg.vector_norm(rows[:, whole:], dim=1).double().square()
+    return lengths + squared_lengths(rows[:, whole:])

@@ -7,12 +7,13 @@ them, so that gradient checkpointing frees and recomputes them, and a change in 
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -37,13 +38,15 @@ refuse      an error lists them
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-@runtime_checkable
-class Sink(Protocol):
+class AbstractSink(ABC):
     """What consumes the layers' gradients, each layer once per backward pass."""
 
+    @abstractmethod
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Take one layer; ``names`` maps its own parameter names to those in the model."""
-        ...
+
+    def finish(self) -> None:  # noqa: B027 -- most sinks keep nothing back
+        """End a pass, when all layers have been consumed."""
 
 
 class Capture:
@@ -97,7 +100,7 @@ class Capture:
         self._calls: dict[nn.Module, list[Call]] = defaultdict(list)
         self._num_events = 0
         self._num_units = 0
-        self._sinks: Sequence[Sink] = ()
+        self._sinks: Sequence[AbstractSink] = ()
         self._note_uncovered()
 
     @contextmanager
@@ -121,7 +124,7 @@ class Capture:
             self._forget()
 
     @torch.enable_grad()
-    def run(self, outputs: Outputs, num_events: int, num_units: int, sinks: Iterable[Sink]) -> None:
+    def run(self, outputs: Outputs, num_events: int, num_units: int, sinks: Iterable[AbstractSink]) -> None:
         """Take the gradients of ``outputs`` and hand those of every layer to the sinks.
 
         Args:
@@ -144,6 +147,8 @@ class Capture:
                 self._note_uncovered()  # ... that this pass brought to light
             if self.uncovered:
                 self._run_by_unit(outputs)
+            for sink in self._sinks:
+                sink.finish()
 
     def _run_all(self, outputs: Outputs) -> None:
         """Run all events at once, for the layers and tables."""

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from whence.engine._base import AbstractLayerFactors
-from whence.engine.capture import Capture, Outputs, some_of
+from whence.engine.capture import AbstractSink, Capture, Outputs, some_of
 from whence.errors import UnsupportedModelError
 
 TOLERANCES = {
@@ -25,7 +25,7 @@ than 3 percent of themselves were off by less than 0.001 of all gradients. A mod
 """
 
 
-class GradientCheck:
+class GradientCheck(AbstractSink):
     """A sink that keeps what can be compared with autograd: the sum over all units, and some units' own gradients.
 
     Args:

@@ -132,8 +132,10 @@ class ConvFactors(MatrixLayerFactors):
         if self._pointwise:
             pixels, out = (self._per_unit(x.flatten(2)).transpose(1, 2).flatten(2) for x in (image, grads))
             rows = out @ pixels.mT
-        elif len(image) == self.num_units:
-            rows = self._weight_gradient(image.flatten(0, 1)[None], grads.flatten(0, 1)[None], self.num_units)
+        elif len(image) == self.num_units or grads.shape[1] == len(self.layer.weight):
+            # Members are the batch of the convolution. That takes a copy where units have several.
+            image, across = (self._per_unit(x).transpose(0, 1).flatten(1, 2) for x in (image, grads))
+            rows = self._weight_gradient(image, across, self.num_units)
         else:
             per_unit = zip(self._per_unit(image), self._per_unit(grads), strict=True)
             rows = torch.stack([self._weight_gradient(a, g, 1) for a, g in per_unit])

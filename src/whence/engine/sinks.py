@@ -1,6 +1,6 @@
 """Sinks: what is wanted of the per-unit gradients of a backward pass."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,11 @@ from whence.engine._base import (
     numbers_at_once,
     squared_lengths,
 )
+from whence.engine.capture import AbstractSink
 from whence.projections import AbstractProjection
+
+_SMALL = 1024
+"""Numbers of a parameter whose gradients are kept back to be used up with others: biases, scales, shifts."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,12 @@ class Layout:
             start += parameter.numel()
         return cls(spans, start)
 
+    def num_numbers(self, name: str) -> int:
+        """Count the numbers of a parameter."""
+        return self.spans[name].stop - self.spans[name].start
 
-class GatherSink:
+
+class GatherSink(AbstractSink):
     """Collects whole gradients, one row a unit, and the lengths of groups of consecutive units.
 
     Args:
@@ -69,7 +77,40 @@ class GatherSink:
         return add_up(squared_lengths(columns.sum(1)) for columns in groups.split(columns_at_once, dim=2))
 
 
-class DotSink:
+class _SmallParameters:
+    """Gradients of small parameters, kept back to be used up together: a call for each would cost more than its work.
+
+    Args:
+        use: Uses up the gradients of some parameters, flattened and side by side.
+    """
+
+    def __init__(self, use: Callable[[list[str], Float[Tensor, "unit number"]], None]):
+        self._use = use
+        self._kept: dict[str, Float[Tensor, "unit number"]] = {}
+        self._num_kept = 0
+
+    def keep(
+        self, factors: AbstractLayerFactors, names: dict[str, str], num_numbers: Callable[[str], int]
+    ) -> dict[str, str]:
+        """Keep the small ones of a layer, and return the names of the others."""
+        large = {own: name for own, name in names.items() if num_numbers(name) > _SMALL}
+        for own in [own for own in names if own not in large]:
+            flat = factors.gradient(own).flatten(1)
+            self._kept[names[own]] = flat
+            self._num_kept += flat.numel()
+            if self._num_kept > numbers_at_once(flat.device):
+                self.use_up()
+        return large
+
+    def use_up(self) -> None:
+        """Hand over what was kept."""
+        if self._kept:
+            self._use(list(self._kept), torch.cat(list(self._kept.values()), dim=1))
+        self._kept.clear()
+        self._num_kept = 0
+
+
+class DotSink(AbstractSink):
     """Inner products with fixed vectors, and squared norms; no gradient outlives its layer."""
 
     def __init__(self, layout: Layout, vectors: Float[Tensor, "vector param"], num_units: int):
@@ -77,18 +118,34 @@ class DotSink:
         self.vectors = vectors
         self.dots: Float[Tensor, "unit vector"] = vectors.new_zeros(num_units, len(vectors))
         self.norm_squared: Float64[Tensor, " unit"] = torch.zeros(num_units, dtype=torch.float64, device=vectors.device)
+        self._small = _SmallParameters(self._add_flat)
 
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Add one layer's part."""
+        names = self._small.keep(factors, names, self.layout.num_numbers)
+        if not names:
+            return
         if not len(self.vectors):
             self.norm_squared += factors.norm_squared(names)
             return
-        dots, norm_squared = factors.dot({own: self.vectors[:, self.layout.spans[n]] for own, n in names.items()})
+        dots, norm_squared = factors.dot({own: self._vectors(name) for own, name in names.items()})
         self.dots += dots
         self.norm_squared += norm_squared
 
+    def finish(self) -> None:
+        """Add the small parameters' part."""
+        self._small.use_up()
 
-class ProjectSink:
+    def _add_flat(self, names: list[str], flat: Float[Tensor, "unit number"]) -> None:
+        self.norm_squared += squared_lengths(flat)
+        if len(self.vectors):
+            self.dots += flat @ torch.cat([self._vectors(name) for name in names], dim=1).T
+
+    def _vectors(self, name: str) -> Float[Tensor, "vector number"]:
+        return self.vectors[:, self.layout.spans[name]]
+
+
+class ProjectSink(AbstractSink):
     """Projected gradients, and their exact squared norms; no gradient outlives its layer.
 
     Args:
@@ -102,13 +159,25 @@ class ProjectSink:
         self.rows = rows.zero_()
         self.with_norms = with_norms
         self.norm_squared: Float64[Tensor, " unit"] = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        self._small = _SmallParameters(self._add_flat)
 
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Add one layer's part."""
-        self.norm_squared += factors.project(self.projection, names, self.rows, with_norms=self.with_norms)
+        names = self._small.keep(factors, names, self.projection.num_numbers)
+        if names:
+            self.norm_squared += factors.project(self.projection, names, self.rows, with_norms=self.with_norms)
+
+    def finish(self) -> None:
+        """Add the small parameters' part."""
+        self._small.use_up()
+
+    def _add_flat(self, names: list[str], flat: Float[Tensor, "unit number"]) -> None:
+        self.projection.add_flat(self.rows, names, flat)
+        if self.with_norms:
+            self.norm_squared += squared_lengths(flat)
 
 
-class CovarianceSink:
+class CovarianceSink(AbstractSink):
     """Sums, over passes, of A^T A and G^T G of every layer whose weight gradient is G^T A: the factors of K-FAC.
 
     The two are kept by the name of the weight; other parameters have none. Of a layer whose bias is chosen too, A has a

@@ -2,7 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -16,6 +18,7 @@ _WRAPPERS = {"module", "_orig_mod", "base_model"}
 """What DataParallel, torch.compile and PEFT put into the names of parameters."""
 
 
+@cache
 def canonical_name(name: str) -> str:
     """Strip what wrappers put into a parameter's name, so that a wrapped model has the projection of a bare one.
 
@@ -131,6 +134,21 @@ class AbstractProjection(ABC):
         gradients, sides = gradients.to(self.space.dtype), self.sides(name)
         left = gradients if sides is None else sides.core(gradients)
         self._add_flat(rows, name, left.reshape(len(left), self.space.num_left(name)))
+
+    def add_flat(
+        self, rows: Float[Tensor, "unit width"], names: Sequence[str], flat: Float[Tensor, "unit number"]
+    ) -> None:
+        """Add what :meth:`add` would for the gradients of several parameters, flattened and side by side."""
+        for name, gradients in zip(names, flat.split([self.num_numbers(name) for name in names], dim=1), strict=True):
+            self.add(rows, name, gradients.unflatten(1, self.space.shapes[canonical_name(name)]))
+
+    def num_numbers(self, name: str) -> int:
+        """Count the numbers of a parameter.
+
+        Raises:
+            ConfigError: If the projection was not made for this parameter.
+        """
+        return math.prod(self.space.shapes[self._known(name)])
 
     def sides(self, name: str) -> Sides | None:
         """Give the sides of a parameter, to whoever can form the core without the gradient.

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from whence.projections._base import AbstractProjection, Space
+from whence.projections._base import AbstractProjection, Space, canonical_name
 from whence.projections._random import signs, uniforms
 
 _FOLDS_IN_TURN = {"cpu": sys.maxsize}
@@ -45,6 +46,18 @@ class SketchProjection(AbstractProjection):
         super().__init__(space, width)
         self._sketch = FoldSketch(space)
 
+    def add_flat(
+        self, rows: Float[Tensor, "unit width"], names: Sequence[str], flat: Float[Tensor, "unit number"]
+    ) -> None:
+        """Add several parameters at once where none has a core."""
+        # Elsewhere sums at places that repeat depend on the order in which threads come to them.
+        if rows.device.type != "cpu" or any(self.sides(name) for name in names):
+            super().add_flat(rows, names, flat)
+        else:
+            counts = {canonical_name(name): self.num_numbers(name) for name in names}
+            self._check_shapes(rows, ", ".join(names), flat, (sum(counts.values()),))
+            self._sketch.add_together(rows, counts, flat.to(self.space.dtype))
+
     def _add_flat(self, rows: Float[Tensor, "unit width"], name: str, flat: Float[Tensor, "unit number"]) -> None:
         self._sketch.add(rows, name, flat)
 
@@ -58,6 +71,11 @@ class _Folds:
     starts: list[int]
     """The shifts as Python numbers."""
 
+    def places(self, width: int) -> Int64[Tensor, " number"]:
+        """Say where each number falls."""
+        numbers = torch.arange(len(self.signs), device=self.signs.device)
+        return (numbers % width + self.shifts[numbers // width]) % width
+
 
 class FoldSketch:
     """The arithmetic of :class:`SketchProjection`, into rows or into a span of them."""
@@ -65,13 +83,12 @@ class FoldSketch:
     def __init__(self, space: Space):
         self._space = space
         self._tables: dict[str, _Folds] = {}
+        self._places: dict[tuple[str, ...], tuple[Float[Tensor, " number"], Int64[Tensor, " number"]]] = {}
 
     def add(self, rows: Float[Tensor, "unit width"], name: str, flat: Float[Tensor, "unit number"]) -> None:
         """Add the sketch of a parameter's numbers; for one parameter, ``rows`` always have the same width."""
         width = rows.shape[1]
-        if name not in self._tables:
-            self._tables[name] = self._draw(name, flat.shape[1], width)
-        folds = self._tables[name]
+        folds = self._folds(name, flat.shape[1], width)
         num_gathered = flat.shape[1] // width
         if num_gathered <= _FOLDS_IN_TURN.get(rows.device.type, _FOLDS_IN_TURN_ELSEWHERE):
             num_gathered = 0
@@ -80,6 +97,23 @@ class FoldSketch:
             _add_whole_folds(rows, flat, folds, slice(first, min(first + at_once, num_gathered)))
         for fold in range(num_gathered, len(folds.starts)):
             _add_one_fold(rows, flat, folds, fold)
+
+    def add_together(
+        self, rows: Float[Tensor, "unit width"], counts: Mapping[str, int], flat: Float[Tensor, "unit number"]
+    ) -> None:
+        """Add the sketches of several parameters, whose numbers lie side by side: for many small ones."""
+        key = tuple(counts)
+        if key not in self._places:
+            tables = [self._folds(name, count, rows.shape[1]) for name, count in counts.items()]
+            places = torch.cat([folds.places(rows.shape[1]) for folds in tables])
+            self._places[key] = torch.cat([folds.signs for folds in tables]), places
+        signs_of_all, places = self._places[key]
+        rows.index_add_(1, places, flat * signs_of_all)
+
+    def _folds(self, name: str, count: int, width: int) -> _Folds:
+        if name not in self._tables:
+            self._tables[name] = self._draw(name, count, width)
+        return self._tables[name]
 
     def _draw(self, name: str, count: int, width: int) -> _Folds:
         draws = uniforms(self._space.key("shifts", name), math.ceil(count / width))
