@@ -1,6 +1,7 @@
 """The driver's side of ``measure.serve``: processes that answer requests, one at a time."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,8 @@ import peers
 
 HERE = Path(__file__).parent
 OURS = "whence"
+KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+"""What whence asks of the C library, here for plain passes and peers too."""
 
 
 class WorkerError(Exception):
@@ -32,7 +35,12 @@ class Worker:
         self.limit_s = limit_s
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=os.environ | KEEP_FREED_MEMORY,
         )
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:

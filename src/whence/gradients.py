@@ -21,6 +21,7 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor, nn
 
+from whence._allocator import keep_freed_memory
 from whence.config import AutocastName, LossName
 from whence.data import ImageData
 from whence.diffusion.adapters import predict
@@ -113,6 +114,8 @@ class GradientSource:
         self.layout = Layout.of(self.capture.parameters)
         parameter = next(iter(self.capture.parameters.values()))
         self.dtype, self.device = parameter.dtype, parameter.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def dots(
         self, table: EventTable, images: ImageData, vectors: Float[Tensor, "vector param"], update: Callable[[int], Any]
