@@ -33,7 +33,7 @@ import paths
 import peers
 import torch
 from bounds import count_operations
-from models import MODELS, load_case, save_case
+from models import DRAWS, MODELS, Case, load_case, save_case
 from scipy.stats import rankdata
 from table import to_markdown
 from workers import OURS, WorkerError, Workers
@@ -86,6 +86,9 @@ class Row:
     coverage: float | None = None
     """Share of the parameters that it covers, where these are not all."""
     bound: float | None = None
+    """Operations that it must do, in those of the plain pass."""
+    measured_bound: float | None = None
+    """The same, with the measured time of the signal and of reading and writing gradients."""
     memory: float | None = None
     """Extra memory, in that of the plain pass."""
     scores_off: float | None = None
@@ -120,7 +123,7 @@ def measure_model(
     rows = [row for row in rows if row.package in libraries]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "case.safetensors"
-        save_case(file, name, batch_size, max(paths.DRAWS, 2 * batch_size))
+        save_case(file, name, batch_size, max(DRAWS, 2 * batch_size))
         case = load_case(file, "cpu")
         options = ["--case", str(file), "--threads", str(threads), "--device", device]
         with Workers(options, settings.limit_s) as workers:
@@ -128,12 +131,23 @@ def measure_model(
             time_in_turns(rows, workers, settings)
         with Workers([*options, "--memory"], settings.limit_s) as workers:
             measure_memory(rows, workers)
-    operations = count_operations(case)
+    find_bounds(rows, case)
     for row in rows:
         row.coverage = None if row.num_params is None else row.num_params / case.num_params
-        bound = paths.PATHS[row.path].bound if row.package == OURS else None
-        row.bound = None if bound is None else bound(operations)
     return rows
+
+
+def find_bounds(rows: Sequence[Row], case: Case) -> None:
+    """Put beside each row what it must take at least."""
+    measured = {row.path: median(row.ratios) for row in rows if row.ratios}
+    projection = paths.row_projection(case)
+    operations = count_operations(case, {name: projection.space.core_shape(name) for name in case.parameters})
+    for row in rows:
+        work = paths.PATHS[row.path].work if row.package == OURS else None
+        if work is not None:
+            least = work(operations)
+            row.bound = operations.bound(least)
+            row.measured_bound = operations.measured_bound(least, measured[paths.SIGNAL], measured[paths.TRAFFIC])
 
 
 def compare(rows: Sequence[Row], workers: Workers, folder: Path) -> None:

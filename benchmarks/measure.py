@@ -16,14 +16,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bounds import Operations
-from models import Case, load_case, plain_pass
+from bounds import Operations, Work
+from models import DRAWS, NUM_QUERIES, Case, load_case, plain_pass
 
 PLAIN, QUERY_PLAIN = "plain", "plain, query side"
 """Plain passes of the two batch sizes."""
@@ -53,8 +53,8 @@ class GradientPath:
     prepare: Callable[[Case], Prepared]
     query_side: bool = False
     """Whether it goes by the larger batches of the query side."""
-    bound: Callable[[Operations], float] | None = None
-    """What it must compute at least, in plain passes."""
+    work: Callable[[Operations], Work] | None = None
+    """What it must do at least."""
 
 
 class Worker:
@@ -157,8 +157,7 @@ class Worker:
     def _send_extra_bytes(self, path: str, sender: Any) -> None:
         try:
             torch.set_num_threads(self.threads)
-            warm_up = load_case(self.file, self.device)
-            plain_pass(warm_up, warm_up.inputs[:2])  # brings in the code that any pass needs
+            self._bring_in_code(path)
             run = self._prepare(path).run
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
@@ -168,6 +167,14 @@ class Worker:
             sender.send(_resident_bytes("VmHWM") - before)
         except Exception as error:
             sender.send(describe(error))
+
+    def _bring_in_code(self, path: str) -> None:
+        """Run a path on a few samples, for what a process loads and builds once."""
+        case = load_case(self.file, self.device)
+        few = replace(case, inputs=case.inputs[-DRAWS - NUM_QUERIES :], batch_size=2)
+        plain_pass(few, few.train)
+        if path in self.paths:
+            self.paths[path].prepare(few).run()
 
 
 def _resident_bytes(key: str) -> int:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 NUM_TIMESTEPS = 1000
 NUM_QUERIES = 16
+DRAWS = 16
+"""Draws at one timestep of the query side."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def make_dit(size: int, heads: int, layers: int) -> nn.Module:
 MODELS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     "toy": (8, lambda size: make_unet(size, (8, 8), 1, 4)),
     "UNet 0.45 M, 16 px": (16, lambda size: make_unet(size, (16, 32, 48), 1, 8)),
+    "UNet 0.46 M, 16 px, two levels": (16, lambda size: make_unet(size, (32, 48), 1, 8)),
     "UNet 1.6 M, 16 px": (16, lambda size: make_unet(size, (48, 96), 1, 8)),
     "UNet 1.6 M, 32 px": (32, lambda size: make_unet(size, (48, 96), 1, 8)),
     "UNet 16 M, 32 px": (32, lambda size: make_unet(size, (64, 128, 256), 2, 32)),

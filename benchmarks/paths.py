@@ -9,14 +9,16 @@ from unittest import mock
 
 import diffusers
 import torch
+from bounds import Work
 from measure import GradientPath, Prepared, serve
-from models import NUM_QUERIES, NUM_TIMESTEPS, Case, Inputs, each_gradient, flat_gradient, sample_losses
+from models import DRAWS, NUM_QUERIES, NUM_TIMESTEPS, Case, Inputs, each_gradient, flat_gradient, sample_losses
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.data import ImageData
 from whence.diffusion.process import NoiseProcess
+from whence.engine._base import numbers_at_once
 from whence.engine.capture import AbstractSink, Capture
 from whence.engine.sinks import DotSink, Layout, ProjectSink
 from whence.event_table import EventBatch, grid_events, make_batch
@@ -29,7 +31,6 @@ TRACE_VECTORS = 176
 MEMORY_BYTES = 4 * 2**30
 """Memory for query vectors, as ``whence trace`` has it by default; what goes beyond takes another pass."""
 ROW_WIDTH = 4096
-DRAWS = 16
 QUERY_BATCHES = 2
 
 
@@ -60,12 +61,15 @@ class Passes:
         return sink
 
 
+def row_projection(case: Case) -> AbstractProjection:
+    """Make the default projection of a store."""
+    shapes = {name: tuple(p.shape) for name, p in case.parameters.items()}
+    return make_projection("two_sided_sketch", shapes, width=ROW_WIDTH, seed=0, device=case.inputs.noisy.device)
+
+
 def rows(case: Case, with_norms: bool) -> Prepared:
     """Project to the rows of a store."""
-    passes = Passes(case)
-    shapes = {name: tuple(p.shape) for name, p in case.parameters.items()}
-    device = case.inputs.noisy.device
-    projection = make_projection("two_sided_sketch", shapes, width=ROW_WIDTH, seed=0, device=device)
+    passes, projection = Passes(case), row_projection(case)
 
     def results() -> dict[str, Tensor]:
         train = passes.project(case.train, projection, with_norms)
@@ -73,6 +77,35 @@ def rows(case: Case, with_norms: bool) -> Prepared:
         return {"scores": scores, "norms": train.norm_squared.sqrt()} if with_norms else {"scores": scores}
 
     return Prepared(lambda: passes.project(case.train, projection, with_norms), case.batch_size, results)
+
+
+def signal(case: Case) -> Prepared:
+    """Run forwards and backwards with frozen weights: what every path adds to."""
+
+    def run() -> None:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        noisy, timesteps, target = case.train.tensors()
+        sample_losses(case.model, Inputs(noisy.clone().requires_grad_(), timesteps, target)).sum().backward()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+    trainable = list(case.parameters.values())
+    return Prepared(run, case.batch_size)
+
+
+def traffic(case: Case) -> Prepared:
+    """Write and read as many numbers as the gradients of a batch have, in pieces that stay in the cache of a CPU."""
+    device = case.inputs.noisy.device
+    piece = torch.empty(numbers_at_once(device), device=device)
+
+    def run() -> None:
+        for start in range(0, case.batch_size * case.num_params, len(piece)):
+            part = piece[: case.batch_size * case.num_params - start]
+            part.fill_(start)
+            part.sum()
+
+    return Prepared(run, case.batch_size)
 
 
 def norms(case: Case) -> Prepared:
@@ -203,44 +236,50 @@ EXACT = "batch-of-one loop"
 DOTS_HERE, DOTS_TRACE = f"exact dots, {NUM_QUERIES} vectors", f"exact dots, {TRACE_VECTORS} vectors"
 NUM_SUMS = TRACE_VECTORS // NUM_QUERIES
 
+SIGNAL, TRAFFIC = "signal alone", "traffic of gradients"
+
 PATHS: dict[str, GradientPath] = {
     "projected rows": GradientPath(
         f"rows of width {ROW_WIDTH:,}, no norms",
         lambda case: rows(case, False),
-        bound=lambda cost: cost.bound(0),
+        work=lambda cost: cost.rows,
     ),
     "projected rows, exact norms": GradientPath(
         f"rows of width {ROW_WIDTH:,}, and lengths",
         lambda case: rows(case, True),
-        bound=lambda cost: cost.bound(cost.norms),
+        work=lambda cost: cost.rows_and_norms,
     ),
-    "exact norms": GradientPath("lengths of all gradients", norms, bound=lambda cost: cost.bound(cost.norms)),
+    "exact norms": GradientPath("lengths of all gradients", norms, work=lambda cost: cost.norms),
     DOTS_HERE: GradientPath(
         f"scores of {NUM_QUERIES} queries by one method, and lengths",
         query_dots,
-        bound=lambda cost: cost.bound(cost.weights + 2 * cost.num_params * NUM_QUERIES),
+        work=lambda cost: Work(cost.weights + 2 * cost.num_params * NUM_QUERIES, made=1),
     ),
     DOTS_TRACE: GradientPath(
         f"all that `whence trace` takes for {NUM_QUERIES} queries by two methods",
         trace_dots,
-        bound=lambda cost: (
-            num_turns(cost.num_params) * cost.bound(cost.weights) + 2 * cost.num_params * TRACE_VECTORS / cost.plain
+        work=lambda cost: Work(
+            num_turns(cost.num_params) * cost.weights + 2 * cost.num_params * TRACE_VECTORS,
+            made=1,
+            passes=num_turns(cost.num_params),
         ),
     ),
     "query side": GradientPath(
         f"sums over timesteps x {DRAWS} draws, by phase and half",
         query_side,
         query_side=True,
-        bound=lambda cost: cost.bound(cost.weights + 2 * cost.num_params * NUM_SUMS * 2 / DRAWS),
+        work=lambda cost: Work(cost.weights + 2 * cost.num_params * NUM_SUMS * 2 / DRAWS, made=2 / DRAWS),
     ),
     "vmap(grad)": GradientPath(
-        "all gradients of the batch, in memory", materialised, bound=lambda cost: cost.bound(cost.weights)
+        "all gradients of the batch, in memory", materialised, work=lambda cost: Work(cost.weights, made=1)
     ),
     EXACT: GradientPath(
         f"gradient, length and {NUM_QUERIES} dots, a sample at a time",
         one_by_one,
-        bound=lambda cost: cost.bound(cost.weights + 2 * cost.num_params * NUM_QUERIES),
+        work=lambda cost: Work(cost.weights + 2 * cost.num_params * NUM_QUERIES, made=1),
     ),
+    SIGNAL: GradientPath("forward and backward pass with frozen weights: a part of every path", signal),
+    TRAFFIC: GradientPath("as many numbers as all gradients of the batch, written and read once", traffic),
     "make_batch": GradientPath("noise and noisy images from their keys, no network", noise),
 }
 

@@ -9,13 +9,15 @@ EXPLANATION = """\
 A cell is the median over runs, its quartiles in brackets, of the time of a path over the time of a *plain pass*: one
 forward and one backward pass over the same samples at the same batch size, parameters requiring gradients, timed right
 before in the same process. Paths take turns. Noisy images, timesteps and targets are made once and not measured, but in
-the row `make_batch`, which is that alone. Weights are random: costs do not depend on them.
+the row `make_batch`, which is that alone. In all processes the C library is told to keep freed memory, as whence tells
+it. Weights are random: costs do not depend on them.
 """
 
 BOUNDS = """\
-What a path must compute at least, in floating-point operations over those of the plain pass: forward pass, backward
-signal, and what the path takes in the place of weight gradients (`benchmarks/bounds.py` has the formulas). The products
-with projection matrices, which depend on their form, are not counted in rows.
+What a path must do at least, over the plain pass (`benchmarks/bounds.py` has the formulas). First in floating-point
+operations: forward pass, backward signal, and what the path takes in the place of weight gradients. Then with forward
+pass and signal as measured (`signal alone`), and with the time in which the gradients that it makes are written and
+read once (`traffic of gradients`). In brackets, what the path takes over the second.
 """
 
 MEMORY = """\
@@ -55,7 +57,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         _grid("path", ours, models, _time),
         "## Bounds",
         BOUNDS,
-        _grid("path", ours, models, lambda row: _number(row["bound"])),
+        _grid("path", ours, models, _bounds),
         "## Memory",
         MEMORY,
         _grid("path", ours, models, lambda row: _number(row["memory"])),
@@ -120,6 +122,13 @@ def _time(row: dict[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}" if value >= 20 else f"{value:.2f}"
+
+
+def _bounds(row: dict[str, Any]) -> str:
+    if row["bound"] is None or row["ratio"] is None:
+        return ""
+    over = row["ratio"] / row["measured_bound"]
+    return f"{_number(row['bound'])}, {_number(row['measured_bound'])} ({_number(over)} x)"
 
 
 def _agreement(row: dict[str, Any]) -> str:

@@ -217,14 +217,14 @@ class Capture:
             output.register_hook(partial(self._refuse_reentrant, layer))
         else:
             self._pending[layer] += 1
-            output.register_hook(partial(self._after_backward, layer, kept))
+            output.register_hook(partial(self._after_backward, layer, [kept]))
         return replaced
 
-    def _after_backward(self, layer: nn.Module, kept: Any, grads: Tensor) -> None:
+    def _after_backward(self, layer: nn.Module, kept: list[Any], grads: Tensor) -> None:
         if self._phase != "backward":
             return  # the model takes a gradient of its own in its forward pass
         try:
-            (inputs,) = kept.saved_tensors
+            (inputs,) = kept.pop().saved_tensors  # hooks live until the pass ends; what they kept is not to
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
