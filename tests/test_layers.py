@@ -19,6 +19,7 @@ LAYER_OF = {
     "errors": "errors",
     "config": "leaf",
     "_files": "leaf",
+    "_allocator": "leaf",
     # mathematics: tensors in, tensors out
     "diffusion": "diffusion",
     "projections": "linear algebra",
