@@ -17,6 +17,7 @@ from whence.attribution import trace
 from whence.checkpoints import list_checkpoints
 from whence.config import IndexSettings, QuerySettings, TraceSettings
 from whence.errors import ConfigError, NumericsError, ScoresError, StoreError
+from whence.gradients import GradientSource
 from whence.indexing import content_hashes, index, notes_on_store
 from whence.methods import GRAD_COS, GRAD_DOT, PIXELS, RETRAC, TRACIN
 from whence.methods.frame import Replay
@@ -357,6 +358,27 @@ class TestIndexing:
     def test_a_part_that_is_none_is_refused(self, subject, tmp_path):
         with pytest.raises(ConfigError, match="part must be one of 1/n to n/n, found 3/2"):
             index(subject, EXACT, tmp_path, part=(3, 2), show_progress=False)
+
+    def test_memory_bounds_the_batch(self, subject, tmp_path, monkeypatch):
+        free = index(subject, EXACT, tmp_path / "free", show_progress=False)
+        with pytest.raises(
+            ConfigError, match=r"memory=1MiB does not hold .* tables of a projection .* \d+MiB"
+        ) as refused:
+            index(subject, replace(EXACT, memory="1MiB"), tmp_path, show_progress=False)
+        smallest = str(refused.value).rstrip(".").rsplit(" ", 1)[1]
+        chosen = []
+        rows = GradientSource.rows
+        monkeypatch.setattr(
+            GradientSource,
+            "rows",
+            lambda self, *args, **kw: (chosen.append(self.batch_size), rows(self, *args, **kw))[1],
+        )
+        bound = index(subject, replace(EXACT, memory=smallest), tmp_path / "bound", show_progress=False)
+        assert max(chosen) < EXACT.batch_size
+        assert bound.spec["space"] == free.spec["space"]
+        assert bound.spec["provenance"]["batch_size"] == max(chosen)
+        for one, other in zip(free.shards(12), bound.shards(12), strict=True):
+            np.testing.assert_allclose(one.read("rows"), other.read("rows"), atol=1e-5)
 
     def test_content_hashes_are_of_pixels(self, toy_train):
         first, second = content_hashes(toy_train.select([0, 1]))

@@ -213,8 +213,6 @@ def check_trace_settings(settings: TraceSettings) -> None:
         ConfigError: With all faults found.
     """
     check_gradient_settings(settings, positive=("timesteps", "draws", "phases"))
-    if settings.memory is not None:
-        parse_memory(settings.memory)
 
 
 def check_gradient_settings(settings: GradientSettings, *, positive: Sequence[str], faults: Sequence[str] = ()) -> None:
@@ -239,6 +237,8 @@ def check_gradient_settings(settings: GradientSettings, *, positive: Sequence[st
     below = [f"{n} must be above 0, found {v}" for n, v in values.items() if v is not None and not 0 < v < math.inf]
     if below or faults:
         raise ConfigError("; ".join([*below, *faults]) + ".")
+    if settings.memory is not None:
+        parse_memory(settings.memory)
     check_device(settings.device)
     on_gpu = torch.device(settings.device).type == "cuda"
     if settings.dtype == "float64" and settings.autocast != "no":

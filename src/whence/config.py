@@ -149,16 +149,16 @@ class GradientSettings(ComputeSettings):
     """Let CUDA multiply float32 as TensorFloat32: faster, and off by about one in a thousand."""
     seed: int = 0
     """Seed of the noise of queries and grids."""
+    memory: str | None = None
+    """Bound on the memory for weights, activations and held gradients, such as 8GiB; Python and torch themselves come
+    on top. Sets the batch size and, of a trace, how many queries are held at once: each further turn of queries is a
+    pass over the training set. By default 4GiB for query gradients, and as much as the batch size needs for the
+    rest."""
 
 
 @dataclass(frozen=True)
 class TraceSettings(QuerySettings, GradientSettings):
     """How queries are compared with training images. What is not given is as the method declares it."""
-
-    memory: str | None = None
-    """Bound on the memory for weights, query gradients and activations, such as 8GiB; Python and torch themselves come
-    on top. Sets the batch size and how many queries are held at once: each further turn of queries is a pass over the
-    training set. By default 4GiB for query gradients, and as much as the batch size needs for the rest."""
 
 
 @dataclass(frozen=True)

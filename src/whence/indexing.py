@@ -17,6 +17,7 @@ sum`` ``norm_rms``, the root of the mean square of the units' lengths.
 import hashlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from whence.data import ImageData
 from whence.errors import ConfigError, check_choice
 from whence.event_table import EventTable, check_same_data, grid_events
 from whence.gradients import GradientSource
+from whence.memory import choose_limits, measure_footprint
 from whence.methods.frame import Grid, Replay, WeightsRule
 from whence.progress import progress_bar
 from whence.projections import AbstractProjection
@@ -39,6 +41,7 @@ from whence.store import Block, Store
 from whence.store_spec import make_spec, plan_of, projection_of, settle, weight_rules
 from whence.streaming import rms_by_image
 from whence.subject import Subject
+from whence.workload import Demand
 
 _PIXELS_AT_ONCE = 256
 """Images held at once for their hashes."""
@@ -69,7 +72,7 @@ def index(
         missing from it.
 
     Raises:
-        ConfigError: If settings contradict each other.
+        ConfigError: If settings contradict each other, or the memory allowed does not suffice.
         StoreError: If images have changed since the store was begun.
         NumericsError: If a gradient is not finite.
     """
@@ -85,6 +88,7 @@ def index(
         raise ConfigError(
             f"batch_size must hold all draws of a timestep ({with_draws.draws}), found {settings.batch_size}."
         )
+    settings = replace(settings, batch_size=_choose_batch_size(subject, settings))
     last = subject.used_checkpoints(settings.checkpoints)[-1]
     source = subject.source(last, settings)
     direct = source.rank_one_parameters(subject.train)
@@ -145,6 +149,21 @@ def _check_settings(settings: IndexSettings, part: Part | None) -> None:
     wrong_part = part is not None and not 1 <= part[0] <= part[1]
     faults = [f"part must be one of 1/n to n/n, found {part[0]}/{part[1]}"] if part and wrong_part else []
     check_gradient_settings(settings, positive=("width", "side"), faults=faults)
+
+
+def _choose_batch_size(subject: Subject, settings: IndexSettings) -> int:
+    events = plan_of(settings, has_record=subject.record is not None)
+    demand = Demand(
+        num_queries=1,
+        vectors_per_query=1,
+        query_grid=None,
+        query_parts=1,
+        train_grid=None,
+        train_families=0,
+        draws=events.draws if isinstance(events, Grid) else 1,
+        held="the tables of a projection",  # of a sketch: a sign for each number of a gradient
+    )
+    return choose_limits(demand, settings, lambda: measure_footprint(subject, settings)).batch_size
 
 
 class _Indexing:

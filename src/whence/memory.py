@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from whence.config import TraceSettings
+from whence.config import GradientSettings
 from whence.errors import ConfigError
 from whence.event_table import grid_events
 from whence.gradients import GradientSource, points_at_once
@@ -108,7 +108,7 @@ class Limits:
     """Bound on the gradients of queries."""
 
 
-def measure_footprint(subject: Subject, settings: TraceSettings) -> Footprint:
+def measure_footprint(subject: Subject, settings: GradientSettings) -> Footprint:
     """Measure what passes need, at the last checkpoint; the same numbers for the same model and settings.
 
     Returns:
@@ -123,7 +123,7 @@ def measure_footprint(subject: Subject, settings: TraceSettings) -> Footprint:
     )
 
 
-def choose_limits(demand: Demand, settings: TraceSettings, footprint: Callable[[], Footprint]) -> Limits:
+def choose_limits(demand: Demand, settings: GradientSettings, footprint: Callable[[], Footprint]) -> Limits:
     """Choose the batch size and the memory for queries: few turns first, then large batches.
 
     Args:
@@ -135,8 +135,8 @@ def choose_limits(demand: Demand, settings: TraceSettings, footprint: Callable[[
         The choice, which depends on the settings and the model alone.
 
     Raises:
-        ConfigError: If one query and the draws of one timestep do not fit. The message names the smallest bound that
-            would do.
+        ConfigError: If what must be held and the draws of one timestep do not fit. The message names the smallest
+            bound that would do.
     """
     if settings.memory is None:
         return Limits(settings.batch_size, QUERY_BYTES)
@@ -150,9 +150,9 @@ def choose_limits(demand: Demand, settings: TraceSettings, footprint: Callable[[
     if not fitting:
         least = needs.weights + batch_bytes(demand, needs, demand.smallest_batch) + vectors
         raise ConfigError(
-            f"memory={settings.memory} does not hold the weights ({format_memory(needs.weights)}), the gradients of "
-            f"one query ({format_memory(vectors)}) and a batch of {demand.smallest_batch}; the smallest bound that "
-            f"does is {format_memory(least)}."
+            f"memory={settings.memory} does not hold the weights ({format_memory(needs.weights)}), "
+            f"{demand.held} ({format_memory(vectors)}) and a batch of {demand.smallest_batch}; the smallest bound "
+            f"that does is {format_memory(least)}."
         )
     large = [one for one in fitting if one[0] >= min(WORTHWHILE_BATCH, settings.batch_size)] or fitting[-1:]
     size, left = min(large, key=lambda one: (num_turns(demand, needs, one[1]), -one[0]))

@@ -80,11 +80,15 @@ class Demand:
     train_grid: Grid | None
     """Grid on the training side; None where events are taken one by one."""
     train_families: int
+    draws: int = 1
+    """Events that are one unit where they are taken one by one."""
+    held: str = "the gradients of one query"
+    """What the vectors are, for messages."""
 
     @property
     def smallest_batch(self) -> int:
         """Events that must go through the network at once: the draws of a timestep."""
-        return max([1, *(grid.draws for grid in (self.query_grid, self.train_grid) if grid)])
+        return max([self.draws, *(grid.draws for grid in (self.query_grid, self.train_grid) if grid)])
 
 
 @dataclass(frozen=True)
