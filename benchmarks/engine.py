@@ -259,21 +259,22 @@ def main() -> None:
     if args.peers:
         peers.install()
         libraries += dict.fromkeys(path.split()[0] for path in peers.PATHS)
-    rows = []
     batch_sizes = {name: settings.batch_size.get(name, 32) for name in args.models or settings.batch_size}
+    about = describe_machine(args.threads, args.device, libraries)
+    about |= {"command": command(args), "batch_size": batch_sizes}
+    rows: list[Row] = []
+    text = ""
     for name, batch_size in batch_sizes.items():
         start = time.perf_counter()
         chosen = libraries if name in settings.peer_models else [OURS]
         rows += measure_model(name, batch_size, settings, chosen, args.threads, args.device)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    about = describe_machine(args.threads, args.device, libraries)
-    about |= {"command": command(args), "batch_size": batch_sizes}
-    result = {"about": about, "rows": [row.summary() for row in rows]}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    text = to_markdown(result)
-    if args.markdown:
-        args.markdown.write_text(text)
+        result = {"about": about, "rows": [row.summary() for row in rows]}
+        text = to_markdown(result)
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+        if args.markdown:
+            args.markdown.write_text(text)
     print(text)
 
 
