@@ -1,0 +1,1 @@
+"""Curvature: what stands between two gradients in an influence function. Tensors in, tensors out."""
