@@ -9,9 +9,17 @@ import torch
 
 from whence.diffusion.noise import noise_key, normals
 
+OUTPUTS = {
+    "squares": lambda y: y.square().mean(),
+    "mean": lambda y: y.mean(),
+    "l1": lambda y: y.abs().mean(),
+    "l2": lambda y: y.square().mean().sqrt(),
+    "max": lambda y: y.abs().max(),
+}
 
-def gradient(model, scheduler, image, timestep, noise, loss="mse"):
-    """Gradient of the loss of one event over all trainable parameters, as one vector."""
+
+def prediction_and_target(model, scheduler, image, timestep, noise):
+    """What the network answers at one event, and what it should answer."""
     alpha_bar = scheduler.alphas_cumprod.double()[timestep]
     dtype = next(model.parameters()).dtype
     clean = torch.as_tensor(image)[None].to(dtype)
@@ -22,8 +30,17 @@ def gradient(model, scheduler, image, timestep, noise, loss="mse"):
         "sample": clean,
         "v_prediction": alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean,
     }[scheduler.config.prediction_type]
-    error = model(noisy, torch.tensor([timestep])).sample - target
-    value = error.abs().mean() if loss == "l1" else error.square().mean()
+    return model(noisy, torch.tensor([timestep])).sample, target
+
+
+def gradient(model, scheduler, image, timestep, noise, loss="mse", output="loss"):
+    """Gradient of an output of one event over all trainable parameters, as one vector."""
+    prediction, target = prediction_and_target(model, scheduler, image, timestep, noise)
+    if output == "loss":
+        error = prediction - target
+        value = error.abs().mean() if loss == "l1" else error.square().mean()
+    else:
+        value = OUTPUTS[output](prediction)
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)]).detach()
 
@@ -35,14 +52,28 @@ def grid(num_timesteps, count):
     return [round(t) for t in np.linspace(1, num_timesteps - 1, count)]
 
 
-def query_gradients(model, scheduler, image, sample_id, timesteps, draws, loss="mse", seed=0, side="query"):
+def query_gradients(
+    model, scheduler, image, sample_id, timesteps, draws, loss="mse", seed=0, side="query", output="loss"
+):
     """Mean gradient over the draws at each timestep of the grid: METHODS 1.1, inner mean."""
     means = []
     for t in grid(scheduler.config.num_train_timesteps, timesteps):
         keys = [noise_key(seed, "grid", side, sample_id, t, draw) for draw in range(draws)]
-        draws_of_t = [gradient(model, scheduler, image, t, normals(key, image.shape), loss) for key in keys]
+        draws_of_t = [gradient(model, scheduler, image, t, normals(key, image.shape), loss, output) for key in keys]
         means.append(torch.stack(draws_of_t).mean(0))
     return torch.stack(means)
+
+
+@torch.no_grad()
+def mean_squared_error(model, scheduler, image, sample_id, timesteps, draws, seed=0, side="train"):
+    """Mean squared error of the prediction over the events of a grid."""
+    errors = []
+    for t in grid(scheduler.config.num_train_timesteps, timesteps):
+        for draw in range(draws):
+            noise = normals(noise_key(seed, "grid", side, sample_id, t, draw), image.shape)
+            prediction, target = prediction_and_target(model, scheduler, image, t, noise)
+            errors.append(float((prediction - target).square().mean()))
+    return np.mean(errors)
 
 
 def visits_between(record, sample_id, after, upto):

@@ -54,6 +54,7 @@ LAYER_OF = {
     "indexing": "stages",
     "querying": "stages",
     "row_products": "stages",
+    "preconditioning": "stages",
     "self_influence": "stages",
     "progress": "stages",
     "event_table": "stages",

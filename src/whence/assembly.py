@@ -92,16 +92,17 @@ def make_scores(
     phases, halves = totals["phases"], totals.get("halves")
     timesteps = even_timesteps(1, work.subject.process.num_timesteps - 1, work.query_grid.timesteps).numpy()
     phase_of = np.arange(len(timesteps)) * work.phases // len(timesteps)
+    num_phases = 0 if method.squared else work.phases  # squares of the parts do not add up
     return Scores(
         method=method.name,
         query_ids=work.queries.ids,
         train_ids=work.subject.train.ids,
-        values=phases.sum(1).astype(dtype),
-        phases=phases.astype(dtype),
+        values=(phases.sum(1) ** 2 if method.squared else phases.sum(1)).astype(dtype),
+        phases=None if method.squared else phases.astype(dtype),
         phase_timesteps=tuple(
-            (int(timesteps[phase_of == p][0]), int(timesteps[phase_of == p][-1])) for p in range(work.phases)
+            (int(timesteps[phase_of == p][0]), int(timesteps[phase_of == p][-1])) for p in range(num_phases)
         ),
-        halves=None if halves is None else halves.astype(dtype),
+        halves=None if halves is None else (halves**2 if method.squared else halves).astype(dtype),
         train_norms=stack("train_norms"),
         train_timesteps=stack("train_timesteps"),
         train_weights=stack("train_weights"),

@@ -63,8 +63,10 @@ def declare(
             f"{events.timesteps} timesteps x {events.draws} draws instead of at the timestep and noise it was trained "
             "on, and weights all checkpoints equally."
         )
-    train = replace(method.train, events=events, unit=unit)
-    return replace(method, train=train, query=query, weights=weights), notes
+    method = replace(method, train=replace(method.train, events=events, unit=unit), query=query, weights=weights)
+    if method.precondition is not None and settings.damping is not None:
+        method = replace(method, precondition=replace(method.precondition, damping=settings.damping))
+    return method, notes
 
 
 def _grid(events: Grid | Replay, timesteps: int | None, draws: int | None) -> Grid:
@@ -101,6 +103,7 @@ def trace(
         NumericsError: If a gradient is not finite.
     """
     work = prepare(subject, queries, methods, settings, folder)
+    _check_streamed(work)
 
     def save(scores: Scores, computed_with: dict[str, Any]) -> None:
         name = scores.method
@@ -152,6 +155,8 @@ def prepare(
     pairs = [declare(method, settings, has_record=subject.record is not None) for method in methods]
     declared = [method for method, _ in pairs]
     _check_methods(declared, settings)
+    if settings.damping is not None and not any(getattr(method, "precondition", None) for method in declared):
+        warnings.warn("damping has no effect: none of these methods has a preconditioner.", stacklevel=3)
     check_same_architecture(subject.checkpoints, settings.weights_name)
     _check_query_size(subject.train, queries)
     if subject.record is not None:
@@ -212,7 +217,9 @@ def check_trace_settings(settings: TraceSettings) -> None:
     Raises:
         ConfigError: With all faults found.
     """
-    check_gradient_settings(settings, positive=("timesteps", "draws", "phases"))
+    wrong = settings.damping is not None and not 0 <= settings.damping < math.inf
+    faults = [f"damping must be 0 or more, found {settings.damping}"] if wrong else []
+    check_gradient_settings(settings, positive=("timesteps", "draws", "phases"), faults=faults)
 
 
 def check_gradient_settings(settings: GradientSettings, *, positive: Sequence[str], faults: Sequence[str] = ()) -> None:
@@ -260,6 +267,18 @@ def _check_methods(methods: Sequence[Method | Baseline], settings: TraceSettings
     for method in methods:
         if isinstance(method, Method):
             check_method(method, settings)
+
+
+def _check_streamed(work: "TraceWork") -> None:
+    """Refuse methods that need the gradients of all training images before the first score."""
+    needs_rows = [m for load in work.loads for m in load.methods if m.precondition or m.after != "none" or m.squared]
+    if needs_rows:
+        output = needs_rows[0].train.output
+        option = "" if output == "loss" else f" --output {output}"
+        raise ConfigError(
+            f"{', '.join(m.name for m in needs_rows)} cannot be traced: the gradients of all training images are "
+            f"needed at once. Keep them with `whence index RUN --grid{option}`, then use `whence query`."
+        )
 
 
 def _groups(methods: Sequence[Method]) -> list[list[Method]]:

@@ -269,6 +269,29 @@ def query(
     _print_rankings(list(scores.values()), top, json)
 
 
+def methods(*, json: bool = False) -> None:
+    """List the methods: which gradients they compare, what they cost and who published them.
+
+    Passes and rows are of one image at one checkpoint; grids are timesteps x draws, and change with --timesteps,
+    --draws, --train-timesteps and --train-draws.
+
+    Args:
+        json: Print the table as JSON.
+    """
+    from dataclasses import asdict
+
+    from whence.methods import METHODS
+    from whence.methods.listing import list_methods
+
+    facts = [asdict(one) for one in list_methods(METHODS)]
+    # A terminal is not wide enough for all.
+    shown = (
+        list(facts[0]) if json else ["name", "gradients_of", "training", "query", "between", "checkpoints", "commands"]
+    )
+    rows = [[one[name] for name in shown] for one in facts]
+    _print_table([name.replace("_", " ") for name in shown], rows, json)
+
+
 def verify(path: Positional[Path], /, *, json: bool = False) -> None:
     """Read all of a store, or of all stores of a run, and name what is damaged, missing or left behind.
 
@@ -459,6 +482,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "query": query,
         "report": report,
         "check": check,
+        "methods": methods,
         "verify": verify,
         "merge": merge,
         "show": show,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 LossName = Literal["mse", "l1"]
+OutputName = Literal["loss", "squares", "mean", "l1", "l2", "max"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 WeightsName = Literal["raw", "ema"]
 DtypeName = Literal["float32", "float64"]
@@ -119,6 +120,9 @@ class QuerySettings(ComputeSettings):
     default 16 for tracin and retrac."""
     phases: int | None = None
     """Bins of query timesteps for which scores are kept apart, from least noise to most. By default 4."""
+    damping: float | None = None
+    """Damping of methods that have one (trak, d-trak, das, relatif), in multiples of the mean eigenvalue. By default
+    chosen by generalised cross-validation over training images, without a look at the queries."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,9 @@ class IndexSettings(GradientSettings):
 
     grid: bool = False
     """Take training images on a grid even where their training is on record, as grad-dot and grad-cos need it."""
+    output: OutputName = "loss"
+    """Output function whose gradients are kept: the training loss; or, of the network's prediction alone, its mean
+    square, mean, mean absolute value, length, or largest absolute value. d-trak needs squares, das needs mean."""
     checkpoints: Literal["all", "last"] = "all"
     """At which checkpoints. grad-dot and grad-cos need the last one only."""
     keep: Literal["units", "sum"] = "units"

@@ -12,6 +12,7 @@ with A and B the sums over half of the draws, divided by the number of all draws
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,10 +23,10 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from whence._allocator import keep_freed_memory
-from whence.config import AutocastName, LossName
+from whence.config import AutocastName, LossName, OutputName
 from whence.data import ImageData
 from whence.diffusion.adapters import predict
-from whence.diffusion.objectives import sample_loss
+from whence.diffusion.objectives import sample_loss, sample_output
 from whence.diffusion.process import NoiseProcess
 from whence.engine._base import squared_lengths
 from whence.engine.capture import Capture, Uncovered
@@ -106,6 +107,7 @@ class GradientSource:
         self.model = model
         self.process = process
         self.loss: LossName = loss
+        self.output: OutputName = "loss"
         self.batch_size = batch_size
         self.label = label
         self.autocast: AutocastName = autocast
@@ -116,6 +118,12 @@ class GradientSource:
         self.dtype, self.device = parameter.dtype, parameter.device
         if self.device.type == "cpu":
             keep_freed_memory()
+
+    def of(self, output: OutputName) -> "GradientSource":
+        """Give the same model with another output function; nothing is copied."""
+        other = copy(self)
+        other.output = output
+        return other
 
     def dots(
         self, table: EventTable, images: ImageData, vectors: Float[Tensor, "vector param"], update: Callable[[int], Any]
@@ -207,6 +215,7 @@ class GradientSource:
         *,
         with_norms: bool = True,
         events_per_unit: int = 1,
+        errors: Float64[ndarray, " unit"] | None = None,
     ) -> tuple[Float[Tensor, "unit width"], Float64[ndarray, " unit"]]:
         """Project the gradients of events, one by one or averaged.
 
@@ -217,6 +226,7 @@ class GradientSource:
             update: Called with the number of events done.
             with_norms: Also give exact lengths; without, they are those of the projected gradients.
             events_per_unit: So many consecutive events are averaged to one unit, such as the draws of one timestep.
+            errors: Where the root mean square errors of the units' predictions go, if they are wanted.
 
         Returns:
             Projected gradients, not divided by their lengths; and the gradients' lengths.
@@ -233,7 +243,10 @@ class GradientSource:
             here = slice(start, min(start + units_per_batch, num_units))
             events = table.take(slice(start * events_per_unit, here.stop * events_per_unit))
             sink = ProjectSink(projection, rows[here], with_norms=with_norms)
-            scale = self._backward(events, images, here.stop - start, 1.0 / events_per_unit, [sink])
+            squares = torch.zeros(len(events), dtype=self.dtype, device=self.device)
+            scale = self._backward(events, images, here.stop - start, 1.0 / events_per_unit, [sink], squares)
+            if errors is not None:
+                errors[here] = squares.unflatten(0, (-1, events_per_unit)).mean(1).sqrt().cpu().numpy()
             norm_squared = sink.norm_squared if with_norms else squared_lengths(rows[here])
             norms[here] = (norm_squared.sqrt() / scale).cpu().numpy()
             rows[here] /= scale
@@ -396,22 +409,40 @@ class GradientSource:
                 num_units=len(table),
             )
 
-    def _outputs(self, table: EventTable, images: ImageData) -> Float[Tensor, " event"]:
+    def _outputs(
+        self, table: EventTable, images: ImageData, squares: Float[Tensor, " event"] | None = None
+    ) -> Float[Tensor, " event"]:
+        """Give the outputs of events, and put mean squared errors into ``squares``."""
         batch = make_batch(table, images, self.process, dtype=self.dtype, device=self.device)
         with autocast(self.autocast, self.device):
             prediction = predict(self.model, batch.noisy, batch.timesteps)
-        return sample_loss(prediction.to(self.dtype), batch.target, self.loss) * batch.loss_weight
+        prediction = prediction.to(self.dtype)
+        if squares is not None:
+            squares.copy_(sample_loss(prediction.detach(), batch.target, "mse"))
+        values = sample_output(prediction, batch.target, self.output, self.loss)
+        return values * batch.loss_weight if self.output == "loss" else values
 
     def _scale(self, images: ImageData) -> float:
         return output_scale(self.autocast, images.channels * images.height * images.width)
 
-    def _backward(self, table: EventTable, images: ImageData, num_units: int, factor: float, sinks: list[Any]) -> float:
+    def _backward(
+        self,
+        table: EventTable,
+        images: ImageData,
+        num_units: int,
+        factor: float,
+        sinks: list[Any],
+        squares: Float[Tensor, " event"] | None = None,
+    ) -> float:
         """Fill the sinks; what is in them then is to be divided by the number that is returned."""
         scale = self._scale(images)
+
+        def outputs(some: slice) -> Float[Tensor, " event"]:
+            of_these = None if squares is None else squares[some]
+            return self._outputs(table.take(some), images, of_these) * (factor * scale)
+
         with tensor_float_32(self.tf32):
-            self.capture.run(
-                lambda some: self._outputs(table.take(some), images) * (factor * scale), len(table), num_units, sinks
-            )
+            self.capture.run(outputs, len(table), num_units, sinks)
         return scale
 
     def _check_finite(self, norms: ndarray, table: EventTable, images: ImageData) -> None:

@@ -28,13 +28,14 @@ from whence._store_checks import name_ids
 from whence.assembly import inverse
 from whence.attribution import check_gradient_settings
 from whence.checkpoints import Checkpoint, check_same_architecture
-from whence.config import IndexSettings, ProjectionKind, RowsDtype
+from whence.config import IndexSettings, OutputName, ProjectionKind, RowsDtype
 from whence.data import ImageData
 from whence.errors import ConfigError, check_choice
 from whence.event_table import EventTable, check_same_data, grid_events
 from whence.gradients import GradientSource
 from whence.memory import choose_limits, measure_footprint
 from whence.methods.frame import Grid, Replay, WeightsRule
+from whence.preconditioning import ERROR
 from whence.progress import progress_bar
 from whence.projections import AbstractProjection
 from whence.store import Block, Store
@@ -90,7 +91,7 @@ def index(
         )
     settings = replace(settings, batch_size=_choose_batch_size(subject, settings))
     last = subject.used_checkpoints(settings.checkpoints)[-1]
-    source = subject.source(last, settings)
+    source = subject.source(last, settings).of(settings.output)
     direct = source.rank_one_parameters(subject.train)
     about = {"kind": settings.projection, "seed": settings.projection_seed} | {
         "side": settings.side,
@@ -146,6 +147,7 @@ def content_hashes(images: ImageData) -> list[str]:
 def _check_settings(settings: IndexSettings, part: Part | None) -> None:
     check_choice("projection", settings.projection, ProjectionKind)
     check_choice("rows", settings.rows, RowsDtype)
+    check_choice("output", settings.output, OutputName)
     wrong_part = part is not None and not 1 <= part[0] <= part[1]
     faults = [f"part must be one of 1/n to n/n, found {part[0]}/{part[1]}"] if part and wrong_part else []
     check_gradient_settings(settings, positive=("width", "side"), faults=faults)
@@ -193,7 +195,7 @@ class _Indexing:
         with progress_bar("index", total, "pass", shown=show_progress) as bar:
             for checkpoint in (c for c in order if todo[c.step]):
                 if checkpoint is not source_of:
-                    source = self.subject.source(checkpoint, self.settings)
+                    source = self.subject.source(checkpoint, self.settings).of(self.settings.output)
                 source.check(self.images)
                 bar.set_description_str(f"{f'index at {checkpoint.step}':<24}")
                 for block in todo[checkpoint.step]:
@@ -226,6 +228,7 @@ class _Indexing:
         units_of = self._grid_units if isinstance(self.events, Grid) else self._replay_units
         draws = self.events.draws if isinstance(self.events, Grid) else 1
         table, sample, columns = units_of(checkpoint, block)
+        errors = np.empty(len(table) // draws)
         rows, norms = source.rows(
             table,
             self.images,
@@ -233,6 +236,7 @@ class _Indexing:
             update,
             with_norms=self.settings.norms == "exact",
             events_per_unit=draws,
+            errors=errors,
         )
         norms = norms.astype(np.float32)  # as they are stored, so that row x norm is the gradient
         units = {
@@ -240,6 +244,7 @@ class _Indexing:
             "norms": norms,
             "sample": sample,
             "timestep": table.timestep[::draws].astype(np.int32),
+            ERROR: errors.astype(np.float32),
             **columns,
         }
         arrays = units if self.settings.keep == "units" else sum_units(units, len(block))

@@ -6,8 +6,9 @@ phases and halves are then made as in the streaming way, and multiplied with the
 result is :class:`whence.scores.Scores` just as streaming gives it, or for very many training images the top of it only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from whence.data import ImageData
 from whence.errors import ConfigError, StoreError
 from whence.gradients import GradientSource, sum_coefficients
 from whence.indexing import content_hashes
-from whence.methods.frame import Baseline, Method
+from whence.methods.frame import Baseline, Method, RidgeInverse
+from whence.preconditioning import Preconditioner, factors_after, prepare_preconditioner
 from whence.progress import progress_bar
 from whence.projections import AbstractProjection, canonical_name
 from whence.row_products import Multiplier, Reading, group_shards, sum_by_sample, top_of_store
@@ -101,7 +103,8 @@ def query(
                 notes = work.notes[name] + _notes_on_rows(store, load, name)
                 if isinstance(scores, Scores):
                     notes += notes_on(scores, subject, load.settings)
-                replace(scores, details=specs[name] | {"notes": notes}).save(folders[name])
+                notes += _notes_on_damping(scores.details)
+                replace(scores, details=scores.details | specs[name] | {"notes": notes}).save(folders[name])
     if top is not None:
         return {name: TopScores.load(path) for name, path in folders.items()}
     return {name: load_own_scores(path, specs[name]) for name, path in folders.items()}
@@ -116,6 +119,24 @@ def _notes_on_rows(store: Store, load: Workload, name: str) -> list[str]:
     elif plan["norms"] == "projected" and plan["keep"] == "units":
         notes.append("Lengths of training gradients are those of the projected ones.")
     return notes
+
+
+def _notes_on_damping(details: Mapping[str, Any]) -> list[str]:
+    edges = [
+        f"{found['damping']:g} at step {step}"
+        for step, found in details.get("preconditioners", {}).items()
+        if "tried" in found and found["damping"] in (found["tried"][0], found["tried"][-1])
+    ]
+    if not edges:
+        return []
+    return [
+        f"The damping chosen by cross-validation is the first or the last that was tried ({', '.join(edges)} mean "
+        "eigenvalues): it says little. Give --damping."
+    ]
+
+
+_Shared = tuple[Reading, RidgeInverse] | None
+"""What methods have in common whose query vectors are the same."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +157,9 @@ class _StoredPass:
         self.work, self.store, self.cache, self.show_progress = work, store, cache, show_progress
         self.steps = [c.step for c in work.checkpoints]
         self.readings = {method: _reading(store, method) for method in work.methods}
+        self._preconditioners: dict[tuple[Method, int], Preconditioner] = {}
         self.keys = [
-            sha256_of_json([store.spec_sha256, query_id, content, vars(work.query_grid)])[:16]
+            sha256_of_json([store.spec_sha256, query_id, content, vars(work.query_grid), work.outputs[1]])[:16]
             for query_id, content in zip(work.queries.ids, content_hashes(work.queries), strict=True)
         ]
 
@@ -149,10 +171,10 @@ class _StoredPass:
         self._check_ids(groups)
         for rows in self.work.split_queries(self.store.width * len(self.steps), VECTOR_BYTES):
             vectors = {step: self._vectors(step, rows) for step in self.steps}
-            multipliers = {step: Multiplier(v.vectors.flatten(0, 1)) for step, v in vectors.items()}
+            multipliers = {step: self._multipliers(step, v.vectors.flatten(0, 1)) for step, v in vectors.items()}
             for shard in (shard for group in groups for shard in group):
                 self._add_shard(shard, rows, vectors[shard.step], multipliers[shard.step], results)
-        return [result.finish(method) for method, result in results.items()]
+        return [replace(r.finish(m), details=self._describe(m)) for m, r in results.items()]
 
     def top(self, k: int) -> list[TopScores]:
         """Compute the largest scores of all methods, one after the other."""
@@ -163,13 +185,17 @@ class _StoredPass:
     def _top_of_method(self, method: Method, k: int) -> TopScores:
         entries: list[tuple[TopEntry, ...]] = []
         for rows in self.work.split_queries(self.store.width * len(self.steps), VECTOR_BYTES):
-            whole = {step: self._whole_vectors(self._vectors(step, rows), method) for step in self.steps}
-            table = top_of_store(self.store, whole, self.readings[method], k)
+            whole = {
+                step: self._precondition(method, step, self._whole_vectors(self._vectors(step, rows), method))
+                for step in self.steps
+            }
+            after = None if method.after == "none" else partial(self._factors_after, method)
+            table = top_of_store(self.store, whole, self.readings[method], k, after=after, squared=method.squared)
             for ids, values in zip(table.ids, table.values.tolist(), strict=True):
                 train_rows = self.work.subject.train.rows(ids)
                 ranked = enumerate(zip(ids, train_rows, values, strict=True), start=1)
                 entries.append(tuple(TopEntry(rank, *rest) for rank, rest in ranked))
-        return TopScores(method.name, self.work.queries.ids, tuple(entries))
+        return TopScores(method.name, self.work.queries.ids, tuple(entries), details=self._describe(method))
 
     def _whole_vectors(self, made: _Vectors, method: Method) -> Float[Tensor, "query width"]:
         """Sum a method's family over all phases: the products of the identity with the vectors, read off as scores."""
@@ -182,20 +208,57 @@ class _StoredPass:
         shard: Shard,
         rows: range,
         made: _Vectors,
-        multiplier: Multiplier,
+        multipliers: Mapping[_Shared, Multiplier],
         results: dict[Method, "_Result"],
     ) -> None:
         arrays = shard.read_all()
-        products = {n: multiplier.multiply(arrays[n]) for n in {reading.rows for reading in self.readings.values()}}
+        products: dict[tuple[_Shared, str], Float[Tensor, "row vector"]] = {}
         for method, reading in self.readings.items():
-            factors = reading.factors(arrays)
-            sums = sum_by_sample(products[reading.rows], arrays["sample"], factors, len(shard.ids))
+            key = self._shared(method), reading.rows
+            if key not in products:
+                products[key] = multipliers[key[0]].multiply(arrays[reading.rows])
+            sums = sum_by_sample(products[key], arrays["sample"], reading.factors(arrays), len(shard.ids))
+            sums *= self._factors_after(method, shard, arrays)[:, None]
             sums = sums.reshape(len(shard.ids), len(rows), -1)
             columns = self.work.subject.train.rows(shard.ids)
             number = self.steps.index(shard.step)
             results[method].add(rows, columns, *split_products(self.work, method, sums, made.lengths))
             results[method].add_facts(number, columns, arrays, reading)
             results[method].facts[number]["query_norms"][rows.start : rows.stop] = made.norms
+
+    def _shared(self, method: Method) -> _Shared:
+        return None if method.precondition is None else (self.readings[method], method.precondition)
+
+    def _multipliers(self, step: int, vectors: Float[Tensor, "vector width"]) -> dict[_Shared, Multiplier]:
+        """Make one multiplier for all methods of one preconditioner."""
+        methods = {self._shared(method): method for method in self.work.methods}
+        return {key: Multiplier(self._precondition(method, step, vectors)) for key, method in methods.items()}
+
+    def _precondition(
+        self, method: Method, step: int, vectors: Float[Tensor, "vector width"]
+    ) -> Float[Tensor, "vector width"]:
+        found = self._preconditioner(method, step)
+        return vectors if found is None else found.ridge.solve(vectors, found.damping)
+
+    def _preconditioner(self, method: Method, step: int) -> Preconditioner | None:
+        if method.precondition is None:
+            return None
+        if (method, step) not in self._preconditioners:
+            self._preconditioners[method, step] = prepare_preconditioner(
+                self.store.shards(step), self.readings[method], method, self.cache.parent / "ridges"
+            )
+        return self._preconditioners[method, step]
+
+    def _factors_after(
+        self, method: Method, shard: Shard, arrays: Mapping[str, ndarray]
+    ) -> Float64[ndarray, " sample"]:
+        found = self._preconditioner(method, shard.step)
+        return factors_after(method, found, self.readings[method], arrays, len(shard.ids))
+
+    def _describe(self, method: Method) -> dict[str, Any]:
+        found = {step: self._preconditioner(method, step) for step in self.steps}
+        ridges = {str(step): one.describe() for step, one in found.items() if one is not None}
+        return {"preconditioners": ridges} if ridges else {}
 
     def _vectors(self, step: int, rows: range) -> _Vectors:
         """Sum what is kept of some queries over the timesteps."""
@@ -227,7 +290,7 @@ class _StoredPass:
         with progress_bar("query", total, "pass", shown=self.show_progress) as bar:
             for checkpoint in (c for c in work.checkpoints if missing[c]):
                 bar.set_description_str(f"{f'queries at {checkpoint.step}':<24}")
-                source = work.subject.source(checkpoint, work.settings)
+                source = work.subject.source(checkpoint, work.settings).of(work.outputs[1])
                 source.check(work.subject.train)
                 projection = self._projection(source, checkpoint)
                 for row in missing[checkpoint]:

@@ -12,7 +12,7 @@ with ``weight`` and ``norm`` columns of the store, or 1. :class:`Reading` says w
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,11 +52,14 @@ class Reading:
         if not self.unit_samples or not len(sample):
             return factors
         num_samples = int(sample.max()) + 1
-        weighted = torch.from_numpy(factors).float()[:, None] * _as_tensor(arrays[self.rows])
-        sums = torch.zeros(num_samples, weighted.shape[1]).index_add_(0, _as_index(sample), weighted)
+        sums = _sum_rows(arrays[self.rows], sample, factors, num_samples)
         lengths = torch.linalg.vector_norm(sums, dim=1, dtype=torch.float64).numpy()
         total = np.bincount(sample, weights, num_samples)
         return factors * np.divide(total, lengths, out=np.zeros(num_samples), where=lengths > 0)[sample]
+
+    def sums(self, arrays: Mapping[str, ndarray], num_samples: int) -> Float[Tensor, "sample width"]:
+        """Add up the rows of each sample of a shard, each times its factor."""
+        return _sum_rows(arrays[self.rows], arrays["sample"], self.factors(arrays), num_samples)
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,13 @@ def group_shards(store: Store, steps: Sequence[int]) -> list[list[Shard]]:
 
 
 def top_of_store(
-    store: Store, vectors: Mapping[int, Float[Tensor, "vector width"]], reading: Reading, k: int
+    store: Store,
+    vectors: Mapping[int, Float[Tensor, "vector width"]],
+    reading: Reading,
+    k: int,
+    *,
+    after: Callable[[Shard, Mapping[str, ndarray]], Float64[ndarray, " sample"]] | None = None,
+    squared: bool = False,
 ) -> TopTable:
     """Find the samples with the largest values, keeping no more than these at any time.
 
@@ -154,6 +163,8 @@ def top_of_store(
         vectors: The vectors of each step.
         reading: Which rows, with which factors.
         k: How many.
+        after: Gives what the values of a shard's samples are multiplied with, from the shard and its arrays.
+        squared: Square the sums over the steps.
 
     Returns:
         The ``k`` samples with the largest sums over the steps, for each vector; fewer where there are fewer.
@@ -166,16 +177,30 @@ def top_of_store(
     top = RunningTop(k)
     for shards in group_shards(store, list(vectors)):
         ids = block_ids(shards)
-        placed = [_place(_values(shard, multipliers[shard.step], reading), shard, ids) for shard in shards]
-        top.add(ids, np.sum(placed, axis=0).T)
+        placed = [_place(_values(shard, multipliers[shard.step], reading, after), shard, ids) for shard in shards]
+        total = np.sum(placed, axis=0).T
+        top.add(ids, total**2 if squared else total)
     return top.table()
 
 
-def _values(shard: Shard, multiplier: Multiplier, reading: Reading) -> Float64[ndarray, "sample vector"]:
+def _sum_rows(
+    rows: ndarray, sample: ndarray, factors: Float64[ndarray, " row"], num_samples: int
+) -> Float[Tensor, "sample width"]:
+    weighted = torch.from_numpy(factors).float()[:, None] * _as_tensor(rows)
+    return torch.zeros(num_samples, rows.shape[1]).index_add_(0, _as_index(sample), weighted)
+
+
+def _values(
+    shard: Shard,
+    multiplier: Multiplier,
+    reading: Reading,
+    after: Callable[[Shard, Mapping[str, ndarray]], Float64[ndarray, " sample"]] | None,
+) -> Float64[ndarray, "sample vector"]:
     arrays = shard.read_all()
-    return sum_by_sample(
+    sums = sum_by_sample(
         multiplier.multiply(arrays[reading.rows]), arrays["sample"], reading.factors(arrays), len(shard.ids)
     )
+    return sums if after is None else sums * after(shard, arrays)[:, None]
 
 
 def block_ids(shards: Sequence[Shard]) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def make_spec(
     }
     plan = {
         "events": {"kind": type(events).__name__} | asdict(events),
-        "output": "loss",
+        "output": settings.output,
         "keep": settings.keep,
         "norms": settings.norms if settings.keep == "units" else "projected",
         "weights": weight_rules(events, settings.keep, has_record=has_record),
@@ -199,6 +199,7 @@ def check_serves(store: Store, method: Method, subject: Subject) -> None:
         lacking.append(f"it needs weights {method.weights}, the store holds {', '.join(plan['weights'])}")
     if lacking:
         options = _COMMANDS[type(method.train.events).__name__].format(**asdict(method.train.events))
+        options += "" if method.train.output == "loss" else f" --output {method.train.output}"
         raise StoreError(
             f"{method.name} cannot be had from {store.folder}: {'; '.join(lacking)}. Make a store for it with "
             f"`whence index RUN {options}`, or use `whence trace`, which needs none."

@@ -114,7 +114,8 @@ class StreamingPass:
     def _run_checkpoint(self, checkpoint: Checkpoint, bar: Any) -> None:
         folder = self._folder(checkpoint)
         source = self.subject.source(checkpoint, self.settings)
-        source.check(self.subject.train)
+        for output in dict.fromkeys(self.work.outputs):
+            source.of(output).check(self.subject.train)
         turns = self.work.split_queries(source.layout.num_params, self.query_bytes)
         bar.total = self.work.num_passes(len(turns))
         for index, rows in enumerate(turns):
@@ -168,7 +169,7 @@ class StreamingPass:
             vectors.copy_(torch.from_numpy(arrays["vectors"]))
             return arrays["norms"]
         started_s = time.monotonic()
-        (made,) = source.grid_vectors(
+        (made,) = source.of(self.work.outputs[1]).grid_vectors(
             self.queries,
             [row],
             "query",
@@ -189,6 +190,7 @@ class StreamingPass:
     ) -> dict[str, ndarray]:
         """Contributions of one block of training images: by method, (query, phase, train) and (half, query, train)."""
         products_of = self._replayed if isinstance(self.work.train_events, Replay) else self._gridded
+        source = source.of(self.work.outputs[0])
         arrays = {"query_norms": turn.norms}
         for method, products, facts in products_of(source, checkpoint, turn.vectors, block, update):
             products = products.reshape(len(block), turn.num_queries, -1)

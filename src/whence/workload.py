@@ -10,12 +10,12 @@ from functools import cached_property
 import numpy as np
 
 from whence.checkpoints import Checkpoint
-from whence.config import TraceSettings
+from whence.config import OutputName, TraceSettings
 from whence.data import ImageData
 from whence.errors import ConfigError, check_choice
 from whence.event_table import EventTable, Replays
 from whence.gradients import Family, num_vectors
-from whence.methods.frame import Grid, Method, Replay, Unit, WeightsRule
+from whence.methods.frame import After, Grid, Method, Replay, Unit, WeightsRule
 from whence.subject import Subject
 
 _FAMILIES: tuple[Family, ...] = ("none", "timestep")
@@ -42,6 +42,9 @@ def check_method(method: Method, settings: TraceSettings) -> None:
         faults.append(f"on the training side, {'a replay' if replayed else 'a grid'} has unit {', '.join(allowed)}")
     if not isinstance(method.query.events, Grid) or method.query.unit == "event":
         raise ConfigError(f"{method.name}: queries are taken on a grid, with unit none, timestep or sample.")
+    check_choice("after", method.after, After)
+    if method.precondition is None and method.after in ("theta_relative", "l_relative", "residual"):
+        faults.append(f"after={method.after!r} needs a preconditioner")
     if method.weights == "published" and method.train.events == Replay("all"):
         faults.append("weights 'published' are those of a whole interval; use them with the last visit")
     draws, timesteps = method.query.events.draws, method.query.events.timesteps
@@ -109,6 +112,11 @@ class Workload:
     def query_grid(self) -> Grid:
         """Events on the query side."""
         return _query_grid(self.methods[0])
+
+    @property
+    def outputs(self) -> tuple[OutputName, OutputName]:
+        """Output functions of the training side and of the query side."""
+        return self.methods[0].train.output, self.methods[0].query.output
 
     @property
     def halves(self) -> bool:

@@ -2,26 +2,43 @@
 
 from whence.errors import ConfigError
 from whence.methods.baselines import PIXELS, RANDOM
-from whence.methods.frame import Baseline, GradientPlan, Grid, Method, Replay
-from whence.methods.tracin import GRAD_COS, GRAD_DOT, RETRAC, TRACIN
+from whence.methods.frame import Baseline, GradientPlan, Grid, Method, Replay, RidgeInverse
+from whence.methods.tracin import GAS, GRAD_COS, GRAD_DOT, RETRAC, TRACIN, TRACIN_CP
+from whence.methods.trak import D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED, TRAK
 
 __all__ = [
+    "DAS",
+    "DAS_SIGNED",
+    "D_TRAK",
+    "GAS",
     "GRAD_COS",
     "GRAD_DOT",
     "METHODS",
     "PIXELS",
     "RANDOM",
+    "RELATIF",
+    "RELATIF_L",
+    "RENORMALISED",
     "RETRAC",
     "TRACIN",
+    "TRACIN_CP",
+    "TRAK",
     "Baseline",
     "GradientPlan",
     "Grid",
     "Method",
     "Replay",
+    "RidgeInverse",
     "method_by_name",
 ]
 
-METHODS: dict[str, Method | Baseline] = {m.name: m for m in (TRACIN, RETRAC, GRAD_DOT, GRAD_COS, PIXELS, RANDOM)}
+_ALL = (
+    *(TRACIN, RETRAC, TRACIN_CP, GRAD_DOT, GRAD_COS, GAS),
+    *(TRAK, D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED),
+    *(PIXELS, RANDOM),
+)
+METHODS: dict[str, Method | Baseline] = {method.name: method for method in _ALL}
+"""Every method by its name."""
 
 
 def method_by_name(name: str) -> Method | Baseline:

@@ -1,13 +1,16 @@
 """The frame in which every method is declared: which gradients, of what, at which events, with which weights.
 
-    score(i, q) = sum_c < psi_q^c , sum_{e in E(i,c)} w_e u(g_{i,e}^c) >
+    score(i, q) = sum_c a_i^c < psi_q^c , M_c sum_{e in E(i,c)} w_e u(g_{i,e}^c) >
 
-``g`` are gradients of an output function at checkpoint c, ``E`` the events of training sample i, ``u`` a normalisation
-and ``psi`` the query's sum likewise. A method is data: it touches no model and draws no noise.
+``g`` are gradients of an output function at checkpoint c, ``E`` the events of training sample i, ``u`` a normalisation,
+``psi`` the query's sum likewise, ``M`` a preconditioner and ``a`` what comes after. A method is data: it touches no
+model and draws no noise.
 """
 
 from dataclasses import dataclass
 from typing import Literal
+
+from whence.config import OutputName
 
 Unit = Literal["none", "event", "timestep", "sample"]
 """What is brought to length 1: nothing, each event, the mean over draws at each timestep, or the sample's sum."""
@@ -47,8 +50,26 @@ class GradientPlan:
 
     events: Replay | Grid
     unit: Unit = "none"
-    output: Literal["loss"] = "loss"
-    """Output function whose gradient is taken: the training loss, with the model's own weighting."""
+    output: OutputName = "loss"
+    """Output function whose gradient is taken: the training loss, with the model's own weighting, or a function of the
+    network's prediction alone."""
+
+
+After = Literal["none", "length", "theta_relative", "l_relative", "residual"]
+"""What a training sample's score is multiplied with at last, phi being its gradient and M the preconditioner.
+
+length: one over the length of phi. theta_relative: one over the length of M phi. l_relative: 1 / sqrt(<phi, M phi>);
+both are RelatIF (Barshan et al. 2020, arXiv:2003.11630). residual: e / (1 - <phi, M phi>), e being the root mean square
+error of the prediction (DAS).
+"""
+
+
+@dataclass(frozen=True)
+class RidgeInverse:
+    """The preconditioner (Phi^T Phi + d I)^-1 of all training gradients Phi of a checkpoint, as they are projected."""
+
+    damping: float | None = None
+    """d in multiples of the mean eigenvalue. None: chosen by generalised cross-validation over training gradients."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +81,11 @@ class Method:
     query: GradientPlan
     checkpoints: Literal["all", "last"] = "all"
     weights: WeightsRule = "learning_rate"
+    precondition: RidgeInverse | None = None
+    """What stands between both gradients; it is applied to the query's."""
+    after: After = "none"
+    squared: bool = False
+    """Square the scores at last, which takes their sign."""
     source: str = ""
     """Where the method was published."""
 

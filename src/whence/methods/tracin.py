@@ -1,5 +1,7 @@
 """Diffusion-TracIn, Diffusion-ReTrac (Xie, Li, Bai, Hsieh; TMLR 2024; arXiv:2401.09031), and gradient similarity."""
 
+from dataclasses import replace
+
 from whence.methods.frame import GradientPlan, Grid, Method, Replay
 
 _SOURCE = "Xie et al. 2024, arXiv:2401.09031"
@@ -44,3 +46,21 @@ GRAD_COS = Method(
     source="Charpiat et al. 2019, arXiv:2102.05262",
 )
 """Cosine of the mean gradients of both at the last checkpoint."""
+
+TRACIN_CP = Method(
+    name="tracin-cp",
+    train=GradientPlan(Grid(timesteps=10, draws=1)),
+    query=GradientPlan(Grid(timesteps=10, draws=2)),
+    weights="equal",
+    source="Pruthi et al. 2020, arXiv:2002.08484",
+)
+"""Inner products of the mean gradients of both, added up over checkpoints."""
+
+GAS = replace(
+    TRACIN_CP,
+    name="gas",
+    train=GradientPlan(Grid(timesteps=10, draws=1), unit="sample"),
+    query=GradientPlan(Grid(timesteps=10, draws=2), unit="sample"),
+    source="Hammoudeh and Lowd 2022, arXiv:2201.10055",
+)
+"""Cosines of the mean gradients of both, added up over checkpoints."""

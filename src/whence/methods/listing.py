@@ -1,0 +1,101 @@
+"""What each method needs, costs and keeps, read off its declaration: for ``whence methods`` and the documentation."""
+
+from dataclasses import dataclass
+
+from whence.methods.frame import Baseline, GradientPlan, Grid, Method, Replay
+
+_AFTER = {
+    "none": "",
+    "length": "/ |phi|",
+    "theta_relative": "/ |M phi|",
+    "l_relative": "/ sqrt(phi M phi)",
+    "residual": "x error / (1 - phi M phi)",
+}
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """One method, as a reader chooses among them."""
+
+    name: str
+    gradients_of: str
+    """Output function, of the training and the query side."""
+    training: str
+    """Events of a training image, and what is brought to length 1."""
+    query: str
+    between: str
+    """What stands between the two, and what comes after."""
+    checkpoints: str
+    commands: str
+    """Which commands give it."""
+    passes_per_training_image: int | None
+    """Forward and backward passes of one sample at each checkpoint; None: as many as visits."""
+    passes_per_query: int
+    rows_per_training_image: int | None
+    """Rows that an index keeps of an image at each checkpoint; None: as many as visits."""
+    sign: str
+    source: str
+
+
+def list_methods(methods: dict[str, Method | Baseline]) -> list[MethodFacts]:
+    """Describe methods.
+
+    Args:
+        methods: Declarations by name.
+
+    Returns:
+        One entry each, in their order.
+    """
+    return [_of_method(m) if isinstance(m, Method) else _of_baseline(m) for m in methods.values()]
+
+
+def _of_method(method: Method) -> MethodFacts:
+    train, query = method.train.events, method.query.events
+    assert isinstance(query, Grid)
+    needs_rows = method.precondition is not None or method.after != "none" or method.squared
+    outputs = dict.fromkeys([method.train.output, method.query.output])
+    between = " ".join(filter(None, ["ridge inverse M" if method.precondition else "", _AFTER[method.after]]))
+    one_visit = train == Replay("last")
+    return MethodFacts(
+        name=method.name,
+        gradients_of=" and ".join(outputs),
+        training=_events(method.train),
+        query=_events(method.query),
+        between=f"{between}, squared" if method.squared else between,
+        checkpoints=method.checkpoints,
+        commands="index, query" if needs_rows else "trace; index, query",
+        passes_per_training_image=train.timesteps * train.draws
+        if isinstance(train, Grid)
+        else 1
+        if one_visit
+        else None,
+        passes_per_query=query.timesteps * query.draws,
+        rows_per_training_image=train.timesteps if isinstance(train, Grid) else 1 if one_visit else None,
+        sign="none: a size" if method.squared else "positive lowers the query's output",
+        source=method.source,
+    )
+
+
+def _of_baseline(baseline: Baseline) -> MethodFacts:
+    return MethodFacts(
+        name=baseline.name,
+        gradients_of="",
+        training="",
+        query="",
+        between="",
+        checkpoints="",
+        commands="trace",
+        passes_per_training_image=0,
+        passes_per_query=0,
+        rows_per_training_image=0,
+        sign="similar is positive" if baseline.kind == "pixels" else "none",
+        source=baseline.source,
+    )
+
+
+def _events(plan: GradientPlan) -> str:
+    if isinstance(plan.events, Replay):
+        events = {"last": "last visit", "all": "all visits"}[plan.events.visits]
+    else:
+        events = f"{plan.events.timesteps} x {plan.events.draws}"
+    return events if plan.unit == "none" else f"{events}, unit {plan.unit}"
