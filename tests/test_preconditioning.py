@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 import reference
 from whence.attribution import trace
@@ -111,7 +111,7 @@ def explicit_scores(method, gradients, errors=None):
 def check(found, want):
     np.testing.assert_allclose(found.values, want, rtol=2e-3, atol=2e-3 * np.abs(want).max())
     for one, other in zip(found.values, want, strict=True):
-        assert spearmanr(one, other)[0] > 0.999
+        assert np.corrcoef(rankdata(one), rankdata(other))[0, 1] > 0.999
     if found.phases is not None:
         np.testing.assert_allclose(found.phases.sum(1), found.values, rtol=1e-4, atol=1e-6 * np.abs(want).max())
 

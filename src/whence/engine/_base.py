@@ -126,6 +126,10 @@ class AbstractLayerFactors(ABC):
         """Split the event axis into units and their members."""
         return events.unflatten(0, (self.num_units, -1))
 
+    def _sum_members(self, events: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit *rest"]:
+        """Add up the members of each unit."""
+        return events if len(events) == self.num_units else self._per_unit(events).sum(1)
+
 
 class MatrixLayerFactors(AbstractLayerFactors):
     r"""Gradients of a layer whose weight gradient is a sum over positions of G^T A.

@@ -200,10 +200,11 @@ class Capture:
     ) -> Tensor | None:
         if self._phase == "off" or not torch.is_grad_enabled():
             return None
-        self._were_used.update(self._layers[layer].names.values())
+        how = self._layers[layer]
+        self._were_used.update(how.names.values())
         inputs = [*args, *kwargs.values()]
         one_of_one = len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
-        if self._layers[layer].replayed and not one_of_one:
+        if how.replayed and not one_of_one:
             self._uncover_layer(layer, f"its {type(layer).__name__} does not make one tensor of one")
             return None
         replaced = None
@@ -233,12 +234,14 @@ class Capture:
                 "lost. Change a copy instead."
             ) from error
         # Under autocast they are of a coarser type; what is made of them is not to be.
-        self.arithmetic = max(self.arithmetic, grads.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        dtype = self.parameters[next(iter(self._layers[layer].names.values()))].dtype
+        if grads.dtype != self.arithmetic:
+            self.arithmetic = max(self.arithmetic, grads.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        how = self._layers[layer]
+        dtype = self.parameters[next(iter(how.names.values()))].dtype
         inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
         self._calls[layer].append((inputs, grads.detach().to(dtype)))
         self._pending[layer] -= 1
-        if not self._pending[layer] and not self._layers[layer].replayed:
+        if not self._pending[layer] and not how.replayed:
             self._consume(layer)
 
     def _refuse_reentrant(self, layer: nn.Module, grads: Tensor) -> None:
@@ -253,7 +256,7 @@ class Capture:
         found = {len(tensor) if tensor.ndim else 0 for call in calls for tensor in call} - {self._num_events}
         if found:
             self._uncover_layer(layer, f"its layer saw a batch of {min(found)}, not of {self._num_events} events")
-        if not self.uncovered.keys() & how.names.values():
+        if not (self.uncovered and self.uncovered.keys() & how.names.values()):
             self._hand_over(how.kind(layer, calls, self._num_units), how.names)
 
     def _consume_tables(self, tables: dict[str, EventTable]) -> None:

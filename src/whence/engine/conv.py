@@ -39,7 +39,7 @@ class ConvFactors(MatrixLayerFactors):
 
     def bias(self) -> Float[Tensor, "unit out"]:
         """Add up the output gradients over positions and calls."""
-        return add_up(self._per_unit(grads.flatten(2).sum(2)).sum(1) for _, grads in self.calls)
+        return add_up(self._sum_members(grads.flatten(2).sum(2)) for _, grads in self.calls)
 
     def gram_norm_squared(self) -> Float[Tensor, " unit"]:
         """Compare all pairs of positions: of their patches and of their output gradients."""
@@ -74,7 +74,7 @@ class ConvFactors(MatrixLayerFactors):
                 core = (across if out is None else out.T @ across) @ patches.mT
             else:
                 core = self._core_of_groups(across, patches, out)
-            cores.append(core if len(core) == self.num_units else self._per_unit(core).sum(1))
+            cores.append(self._sum_members(core))
         return add_up(cores)
 
     def _core_of_groups(
@@ -161,7 +161,7 @@ class ConvFactors(MatrixLayerFactors):
             [False, True, False],  # of input, weight, bias
         )[1]
 
-    @property
+    @cached_property
     def _pointwise(self) -> bool:
         """Whether a position sees its own pixel alone, as in a fully connected layer."""
         layer = self.layer
@@ -177,7 +177,7 @@ class ConvFactors(MatrixLayerFactors):
         mode = "constant" if self.layer.padding_mode == "zeros" else self.layer.padding_mode
         return [(F.pad(inputs, self._own_padding, mode=mode), grads) for inputs, grads in self.calls]
 
-    @property
+    @cached_property
     def _own_padding(self) -> list[int]:
         """Padding of each side, last axis first, that the convolution itself cannot do."""
         if self.layer.padding_mode == "zeros" and not isinstance(self.layer.padding, str):
@@ -185,7 +185,7 @@ class ConvFactors(MatrixLayerFactors):
         # torch keeps it under this name for its own forward pass.
         return list(self.layer._reversed_padding_repeated_twice)  # noqa: SLF001
 
-    @property
+    @cached_property
     def _padding(self) -> list[int]:
         return (
             [0] * len(self._kernel)

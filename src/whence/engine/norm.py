@@ -46,7 +46,7 @@ class GroupNormFactors(AbstractNormFactors):
 
     def sum_positions(self, tensor: Float[Tensor, "event channel *position"]) -> Float[Tensor, "unit channel"]:
         """Add up all positions."""
-        return self._per_unit(tensor.flatten(2).sum(2) if tensor.ndim > 2 else tensor).sum(1)
+        return self._sum_members(tensor.flatten(2).sum(2) if tensor.ndim > 2 else tensor)
 
 
 class _LastAxesFactors(AbstractNormFactors):

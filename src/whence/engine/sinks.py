@@ -165,7 +165,9 @@ class ProjectSink(AbstractSink):
         """Add one layer's part."""
         names = self._small.keep(factors, names, self.projection.num_numbers)
         if names:
-            self.norm_squared += factors.project(self.projection, names, self.rows, with_norms=self.with_norms)
+            norm_squared = factors.project(self.projection, names, self.rows, with_norms=self.with_norms)
+            if self.with_norms:
+                self.norm_squared += norm_squared
 
     def finish(self) -> None:
         """Add the small parameters' part."""

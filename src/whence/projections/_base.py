@@ -116,7 +116,8 @@ class AbstractProjection(ABC):
     def __init__(self, space: Space, width: int):
         self.space = space
         self.width = width
-        self._sides: dict[str, Sides] = {}
+        self._sides: dict[str, Sides | None] = {}
+        self._num_numbers = {name: math.prod(shape) for name, shape in space.shapes.items()}
 
     def add(self, rows: Float[Tensor, "unit width"], name: str, gradients: Float[Tensor, "unit *shape"]) -> None:
         """Add the projection of one parameter's gradients to rows, in place.
@@ -148,7 +149,7 @@ class AbstractProjection(ABC):
         Raises:
             ConfigError: If the projection was not made for this parameter.
         """
-        return math.prod(self.space.shapes[self._known(name)])
+        return self._num_numbers[self._known(name)]
 
     def sides(self, name: str) -> Sides | None:
         """Give the sides of a parameter, to whoever can form the core without the gradient.
@@ -161,12 +162,8 @@ class AbstractProjection(ABC):
             ConfigError: If the projection was not made for this parameter.
         """
         name = self._known(name)
-        core = self.space.core_shape(name)
-        if core is None:
-            return None
         if name not in self._sides:
-            out, inner = self.space.matrix_shape(name)
-            self._sides[name] = Sides(self._side("out", name, out, core[0]), self._side("inner", name, inner, core[1]))
+            self._sides[name] = self._make_sides(name)
         return self._sides[name]
 
     def add_core(self, rows: Float[Tensor, "unit width"], name: str, core: Float[Tensor, "unit k_out k_inner"]) -> None:
@@ -185,6 +182,13 @@ class AbstractProjection(ABC):
     @abstractmethod
     def _add_flat(self, rows: Float[Tensor, "unit width"], name: str, flat: Float[Tensor, "unit number"]) -> None:
         """Add the projection of a parameter's core, or of its whole gradient, to rows."""
+
+    def _make_sides(self, name: str) -> Sides | None:
+        core = self.space.core_shape(name)
+        if core is None:
+            return None
+        out, inner = self.space.matrix_shape(name)
+        return Sides(self._side("out", name, out, core[0]), self._side("inner", name, inner, core[1]))
 
     def _side(self, role: str, name: str, count: int, width: int) -> Float[Tensor, "number width"] | None:
         if count == width:
