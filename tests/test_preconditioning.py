@@ -24,6 +24,7 @@ from whence.methods import (
     TRACIN_CP,
     TRAK,
 )
+from whence.plan import plan
 from whence.querying import query
 from whence.record import Record
 from whence.subject import Subject
@@ -183,6 +184,11 @@ def test_they_cannot_be_traced(subject, toy_queries, tmp_path):
         trace(subject, toy_queries, [TRAK, D_TRAK], settings, tmp_path, show_progress=False)
     with pytest.raises(ConfigError, match=r"d-trak cannot be traced: .*`whence index RUN --grid --output squares`"):
         trace(subject, toy_queries, [D_TRAK], settings, tmp_path, show_progress=False)
+
+
+def test_a_trace_that_is_impossible_is_not_planned(subject, toy_queries, tmp_path):
+    with pytest.raises(ConfigError, match="trak cannot be traced"):
+        plan(subject, toy_queries, [TRAK], TraceSettings(**vars(QUERY)), tmp_path)
 
 
 def test_a_store_of_another_output(subject, stores, toy_queries, tmp_path):

@@ -103,7 +103,7 @@ def trace(
         NumericsError: If a gradient is not finite.
     """
     work = prepare(subject, queries, methods, settings, folder)
-    _check_streamed(work)
+    check_streamed(work)
 
     def save(scores: Scores, computed_with: dict[str, Any]) -> None:
         name = scores.method
@@ -269,8 +269,12 @@ def _check_methods(methods: Sequence[Method | Baseline], settings: TraceSettings
             check_method(method, settings)
 
 
-def _check_streamed(work: "TraceWork") -> None:
-    """Refuse methods that need the gradients of all training images before the first score."""
+def check_streamed(work: "TraceWork") -> None:
+    """Refuse methods that need the gradients of all training images before the first score.
+
+    Raises:
+        ConfigError: The message says which commands give them.
+    """
     needs_rows = [m for load in work.loads for m in load.methods if m.precondition or m.after != "none" or m.squared]
     if needs_rows:
         output = needs_rows[0].train.output

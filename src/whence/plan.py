@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from whence.attribution import TraceWork, describe_arithmetic, prepare
+from whence.attribution import TraceWork, check_streamed, describe_arithmetic, prepare
 from whence.config import RowsDtype, TraceSettings
 from whence.data import ImageData
 from whence.event_table import grid_events
@@ -135,6 +135,8 @@ def plan(
         ConfigError: If settings contradict each other, or the memory allowed does not suffice.
     """
     work = prepare(subject, queries, methods, settings, folder)
+    if index is None:
+        check_streamed(work)
     footprint = cache(lambda: measure_footprint(subject, settings))
     passes = [_plan_pass(load, footprint(), index) for load in work.loads if work.is_wanted(load)]
     return Plan(passes, sum(_blank_scores(work, method, subject, queries).num_bytes for method in work.wanted))

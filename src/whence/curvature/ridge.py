@@ -132,7 +132,7 @@ class Ridge:
         Each training gradient is explained by all others. Of one, phi, with H the hat matrix of the ridge regression on
         the others and K numbers in a row, the error is
 
-            K |(I - H) phi|^2 / tr(I - H)^2 / |phi|^2.
+            K ‖(I - H) phi‖² / tr(I - H)² / ‖phi‖².
 
         Args:
             blocks: The rows of Phi.
@@ -142,7 +142,7 @@ class Ridge:
             The damping of the smallest mean error.
         """
         # With G = Phi^T Phi + d I and one row less, G' = G - phi phi^T, I - H = d G'^-1, and by Sherman and Morrison
-        #   G'^-1 phi = G^-1 phi / (1 - h)        tr G'^-1 = tr G^-1 + |G^-1 phi|^2 / (1 - h).
+        #   G'^-1 phi = G^-1 phi / (1 - h)        tr G'^-1 = tr G^-1 + ‖G^-1 phi‖² / (1 - h).
         # d cancels. Of the K eigenvalues of G^-1, those outside the span of Phi are 1 / d.
         if not len(self.eigenvalues):
             return DampingChoice(1.0, (1.0,), (1.0,))
