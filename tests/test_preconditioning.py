@@ -82,9 +82,9 @@ def ask(subject, store, queries, methods, folder, **changes):
 def features(method, gradients):
     """Phi and psi of a method."""
     sides = []
-    for side, plan in (("train", method.train), ("query", method.query)):
-        found = gradients[side, plan.output]
-        if plan.unit == "timestep":
+    for side, declared in (("train", method.train), ("query", method.query)):
+        found = gradients[side, declared.output]
+        if declared.unit == "timestep":
             found = found / np.linalg.norm(found, axis=2, keepdims=True)
         sides.append(found.mean(1))
     return sides
