@@ -20,6 +20,7 @@ LAYER_OF = {
     "config": "leaf",
     "_files": "leaf",
     "_allocator": "leaf",
+    "_array_files": "leaf",
     # mathematics: tensors in, tensors out
     "diffusion": "diffusion",
     "projections": "linear algebra",
@@ -55,6 +56,7 @@ LAYER_OF = {
     "querying": "stages",
     "row_products": "stages",
     "preconditioning": "stages",
+    "second_order": "stages",
     "self_influence": "stages",
     "progress": "stages",
     "event_table": "stages",

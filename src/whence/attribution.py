@@ -21,7 +21,7 @@ from whence.errors import ConfigError, ScoresError, check_choice
 from whence.event_table import check_same_data
 from whence.memory import Limits, choose_limits, measure_footprint, parse_memory
 from whence.methods import Baseline, Grid, Method, Replay
-from whence.methods.frame import ReplayedVisits
+from whence.methods.frame import KroneckerInverse, ReplayedVisits
 from whence.scores import Scores
 from whence.streaming import StreamingPass, claim
 from whence.subject import Subject
@@ -275,7 +275,7 @@ def check_streamed(work: "TraceWork") -> None:
     Raises:
         ConfigError: The message says which commands give them.
     """
-    needs_rows = [m for load in work.loads for m in load.methods if m.precondition or m.after != "none" or m.squared]
+    needs_rows = [m for load in work.loads for m in load.methods if m.needs_rows]
     if needs_rows:
         output = needs_rows[0].train.output
         option = "" if output == "loss" else f" --output {output}"
@@ -289,7 +289,11 @@ def _groups(methods: Sequence[Method]) -> list[list[Method]]:
     """Put methods together that take gradients at the same events of the same checkpoints."""
     groups: dict[Any, list[Method]] = {}
     for method in methods:
-        key = (method.checkpoints, method.train.events, method.query.events, method.train.output, method.query.output)
+        before_projection = method.precondition if isinstance(method.precondition, KroneckerInverse) else None
+        key = (
+            *(method.checkpoints, method.train.events, method.query.events, method.train.output, method.query.output),
+            before_projection,
+        )
         groups.setdefault(key, []).append(method)
     return list(groups.values())
 

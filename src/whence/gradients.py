@@ -26,14 +26,15 @@ from whence._allocator import keep_freed_memory
 from whence.config import AutocastName, LossName, OutputName
 from whence.data import ImageData
 from whence.diffusion.adapters import predict
+from whence.diffusion.noise import normals_of_keys
 from whence.diffusion.objectives import sample_loss, sample_output
 from whence.diffusion.process import NoiseProcess
 from whence.engine._base import squared_lengths
-from whence.engine.capture import Capture, Uncovered
+from whence.engine.capture import AbstractSink, Capture, Uncovered
 from whence.engine.check import check_against_autograd
 from whence.engine.sinks import DotSink, GatherSink, Layout, ProjectSink
 from whence.errors import ConfigError, NumericsError
-from whence.event_table import EventTable, grid_events, make_batch
+from whence.event_table import EventBatch, EventTable, grid_events, make_batch
 from whence.methods.frame import Grid
 from whence.precision import autocast, output_scale, tensor_float_32
 from whence.projections import AbstractProjection
@@ -444,6 +445,38 @@ class GradientSource:
         with tensor_float_32(self.tf32):
             self.capture.run(outputs, len(table), num_units, sinks)
         return scale
+
+    def sampled_gradients(
+        self, table: EventTable, images: ImageData, sinks: list[AbstractSink], update: Callable[[int], Any]
+    ) -> None:
+        """Fill sinks with the gradients of sampled residuals, whose second moment is the Gauss-Newton matrix.
+
+        That of the mean squared error, J^T (2/d) J for a prediction of d numbers: the residual of each event is drawn
+        anew, from a normal distribution.
+
+        Args:
+            table: Events; each is a unit.
+            images: The images that they point into.
+            sinks: What is wanted.
+            update: Called with the number of events done.
+        """
+        for start in range(0, len(table), self.batch_size):
+            events = table.take(slice(start, start + self.batch_size))
+            batch = make_batch(events, images, self.process, dtype=self.dtype, device=self.device)
+            # Not the noise of the image: all bits of its key are turned.
+            drawn = torch.from_numpy(normals_of_keys(~events.noise_key, tuple(batch.target.shape[1:])))
+            residual = drawn.to(batch.target) * (2 / batch.target[0].numel()) ** 0.5
+
+            def outputs(
+                some: slice, batch: EventBatch = batch, residual: Float[Tensor, "event *shape"] = residual
+            ) -> Float[Tensor, " event"]:
+                with autocast(self.autocast, self.device):
+                    prediction = predict(self.model, batch.noisy[some], batch.timesteps[some])
+                return (prediction.to(self.dtype) * residual[some]).flatten(1).sum(1)
+
+            with tensor_float_32(self.tf32):
+                self.capture.run(outputs, len(events), len(events), sinks)
+            update(len(events))
 
     def _check_finite(self, norms: ndarray, table: EventTable, images: ImageData) -> None:
         bad = np.flatnonzero(~np.isfinite(norms))

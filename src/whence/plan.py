@@ -72,7 +72,7 @@ class PlannedPass:
     @property
     def sample_passes(self) -> int:
         """Forward and backward passes of one sample, in all."""
-        return sum(count.query + self.turns * count.train for count in self.passes)
+        return sum(count.query + self.turns * count.train + count.curvature for count in self.passes)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _plan_pass(load: Workload, footprint: Footprint, index: StoreShape | None) -
     turns = num_turns(demand, footprint, limits.query_bytes)
     rates = _measure(replace(load, settings=replace(load.settings, batch_size=limits.batch_size)), limits, index)
     query = sum(count.query for count in load.passes)
-    train = turns * sum(count.train for count in load.passes)
+    train = sum(turns * count.train + count.curvature for count in load.passes)
     return PlannedPass(
         methods=tuple(method.name for method in load.methods),
         passes=load.passes,

@@ -17,14 +17,14 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
+from whence._array_files import read_arrays, write_arrays
 from whence._files import sha256_of_json
 from whence.assembly import inverse
 from whence.curvature.ridge import DampingChoice, Ridge
 from whence.errors import StoreError
-from whence.methods.frame import Method
+from whence.methods.frame import Method, RidgeInverse
 from whence.row_products import Reading
 from whence.shards import Shard
-from whence.streaming import read_arrays, write_arrays
 
 ERROR = "error"
 """Column of a store: root mean square error of the prediction at the row's events."""
@@ -58,7 +58,7 @@ def prepare_preconditioner(shards: Sequence[Shard], reading: Reading, method: Me
     Returns:
         The preconditioner.
     """
-    assert method.precondition is not None
+    assert isinstance(method.precondition, RidgeInverse)
     made = _Decomposition(shards, reading, cache)
     if method.precondition.damping is not None:
         return Preconditioner(made.ridge, method.precondition.damping, None)

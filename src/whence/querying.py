@@ -18,6 +18,7 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
+from whence._array_files import read_arrays, write_arrays
 from whence._files import sha256_of_json
 from whence._store_checks import list_differences, name_ids
 from whence.assembly import inverse, make_scores, sample_lengths, split_products
@@ -37,7 +38,7 @@ from whence.scores import Scores, TopEntry, TopScores
 from whence.shards import Shard
 from whence.store import Store
 from whence.store_spec import check_is_of, check_serves, projection_of, trace_settings
-from whence.streaming import read_arrays, rms_by_image, write_arrays
+from whence.streaming import rms_by_image
 from whence.subject import Subject
 from whence.workload import Workload
 
@@ -227,7 +228,8 @@ class _StoredPass:
             results[method].facts[number]["query_norms"][rows.start : rows.stop] = made.norms
 
     def _shared(self, method: Method) -> _Shared:
-        return None if method.precondition is None else (self.readings[method], method.precondition)
+        plan = method.precondition
+        return (self.readings[method], plan) if isinstance(plan, RidgeInverse) else None
 
     def _multipliers(self, step: int, vectors: Float[Tensor, "vector width"]) -> dict[_Shared, Multiplier]:
         """Make one multiplier for all methods of one preconditioner."""

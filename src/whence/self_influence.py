@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
+from whence._array_files import read_arrays, write_arrays
 from whence._files import sha256_of_json
 from whence.assembly import inverse
 from whence.attribution import SCORING_VERSION, check_trace_settings, load_own_scores, notes_on
@@ -34,7 +35,7 @@ from whence.memory import choose_limits, measure_footprint
 from whence.methods import TRACIN, Grid, Method, Replay
 from whence.progress import progress_bar
 from whence.scores import Scores
-from whence.streaming import claim, read_arrays, rms_by_image, write_arrays
+from whence.streaming import claim, rms_by_image
 from whence.subject import Subject
 from whence.workload import Demand, rows_between
 

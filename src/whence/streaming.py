@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,19 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from numpy import ndarray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from whence._files import publish_file, write_json
+from whence._array_files import read_arrays, write_arrays
+from whence._files import sha256_of_json, write_json
 from whence.assembly import inverse, make_scores, sample_lengths, split_products
 from whence.checkpoints import Checkpoint
-from whence.errors import InUseError, ScoresError
+from whence.curvature.kronecker import KroneckerCurvature
+from whence.errors import InUseError
 from whence.gradients import GradientSource
 from whence.methods.frame import Grid, Method, Replay
 from whence.progress import progress_bar
 from whence.scores import Scores
+from whence.second_order import load_or_make_curvature
 from whence.workload import Workload, family_of, rows_between
 
 WORTH_KEEPING_S = 5.0
@@ -116,19 +117,42 @@ class StreamingPass:
         source = self.subject.source(checkpoint, self.settings)
         for output in dict.fromkeys(self.work.outputs):
             source.of(output).check(self.subject.train)
+        curvature = self._curvature(source, checkpoint, bar)
         turns = self.work.split_queries(source.layout.num_params, self.query_bytes)
         bar.total = self.work.num_passes(len(turns))
         for index, rows in enumerate(turns):
-            self._run_turn(source, checkpoint, index, rows, bar)
+            self._run_turn(source, checkpoint, curvature, index, rows, bar)
         for path in folder.glob("query-*"):
             path.unlink()
         write_json(folder / "done.json", sorted(path.name for path in folder.glob("tile-*")))
 
-    def _run_turn(self, source: GradientSource, checkpoint: Checkpoint, index: int, rows: range, bar: Any) -> None:
+    def _curvature(self, source: GradientSource, checkpoint: Checkpoint, bar: Any) -> KroneckerCurvature | None:
+        """Give the curvature that stands between queries and training images, if there is to be one."""
+        precondition = self.work.precondition
+        if precondition is None:
+            return None
+        bar.set_description_str(f"{f'curvature at {checkpoint.step}':<24}")
+        about = asdict(replace(precondition, damping=1.0)), self.subject.describe([checkpoint], self.settings)
+        key = sha256_of_json([*about, self.settings.seed])[:16]
+        path = self.cache.parent / "curvature" / f"{key}.safetensors"
+        return load_or_make_curvature(path, source, self.subject.train, precondition, self.settings.seed, bar.update)
+
+    def _run_turn(
+        self,
+        source: GradientSource,
+        checkpoint: Checkpoint,
+        curvature: KroneckerCurvature | None,
+        index: int,
+        rows: range,
+        bar: Any,
+    ) -> None:
         """Take some queries through all training images; their gradients are let go before the next turn."""
         folder = self._folder(checkpoint)
         bar.set_description_str(f"{f'queries at {checkpoint.step}':<24}")
         turn = self._make_turn(source, folder, index, rows, bar.update)
+        if curvature is not None and self.work.precondition is not None:
+            for vectors in turn.vectors.split(self.work.vectors_per_query):
+                curvature.solve_(vectors, source.layout.spans, self.work.precondition.damping)
         bar.set_description_str(f"{f'training at {checkpoint.step}':<24}")
         for start in range(0, len(self.subject.train), self.settings.block_size):
             block = range(start, min(start + self.settings.block_size, len(self.subject.train)))
@@ -292,24 +316,3 @@ def rms_by_image(image: ndarray, norms: Float64[ndarray, " event"], num_images: 
     """Give the root mean square of each image's gradient lengths; NaN where it was not visited."""
     with np.errstate(invalid="ignore"):  # 0 / 0
         return np.sqrt(np.bincount(image, norms**2, num_images) / np.bincount(image, minlength=num_images))
-
-
-def write_arrays(path: Path, arrays: dict[str, ndarray]) -> None:
-    """Write a file of the cache, whole or not at all."""
-    with publish_file(path) as partial:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
-
-
-def read_arrays(path: Path) -> dict[str, ndarray]:
-    """Read a file of the cache.
-
-    Returns:
-        Its arrays by name.
-
-    Raises:
-        ScoresError: If it is damaged.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ScoresError(f"{path} is damaged: {error}. Delete it; the next run makes it again.") from error

@@ -15,7 +15,7 @@ from whence.data import ImageData
 from whence.errors import ConfigError, check_choice
 from whence.event_table import EventTable, Replays
 from whence.gradients import Family, num_vectors
-from whence.methods.frame import After, Grid, Method, Replay, Unit, WeightsRule
+from whence.methods.frame import After, Grid, KroneckerInverse, Method, Replay, RidgeInverse, Unit, WeightsRule
 from whence.subject import Subject
 
 _FAMILIES: tuple[Family, ...] = ("none", "timestep")
@@ -43,8 +43,9 @@ def check_method(method: Method, settings: TraceSettings) -> None:
     if not isinstance(method.query.events, Grid) or method.query.unit == "event":
         raise ConfigError(f"{method.name}: queries are taken on a grid, with unit none, timestep or sample.")
     check_choice("after", method.after, After)
-    if method.precondition is None and method.after in ("theta_relative", "l_relative", "residual"):
-        faults.append(f"after={method.after!r} needs a preconditioner")
+    needs_ridge = method.after in ("theta_relative", "l_relative", "residual")
+    if needs_ridge and not isinstance(method.precondition, RidgeInverse):
+        faults.append(f"after={method.after!r} needs a RidgeInverse as preconditioner")
     if method.weights == "published" and method.train.events == Replay("all"):
         faults.append("weights 'published' are those of a whole interval; use them with the last visit")
     draws, timesteps = method.query.events.draws, method.query.events.timesteps
@@ -68,6 +69,7 @@ class PassCount:
     query: int
     train: int
     """In one turn over the training set."""
+    curvature: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,12 @@ class Workload:
     def query_grid(self) -> Grid:
         """Events on the query side."""
         return _query_grid(self.methods[0])
+
+    @property
+    def precondition(self) -> KroneckerInverse | None:
+        """What is applied to whole gradients of queries."""
+        found = self.methods[0].precondition
+        return found if isinstance(found, KroneckerInverse) else None
 
     @property
     def outputs(self) -> tuple[OutputName, OutputName]:
@@ -166,13 +174,18 @@ class Workload:
         everything = range(len(self.subject.train))
         per_query = self.query_grid.timesteps * self.query_grid.draws
         return [
-            PassCount(c.step, query=len(self.queries) * per_query, train=self.num_events(c, everything))
+            PassCount(
+                c.step,
+                query=len(self.queries) * per_query,
+                train=self.num_events(c, everything),
+                curvature=len(everything) * num_curvature_passes(self.precondition) if self.precondition else 0,
+            )
             for c in self.checkpoints
         ]
 
     def num_passes(self, num_turns: int) -> int:
         """Count sample-passes in all."""
-        return sum(count.query + num_turns * count.train for count in self.passes)
+        return sum(count.query + num_turns * count.train + count.curvature for count in self.passes)
 
     def num_events(self, checkpoint: Checkpoint, block: range) -> int:
         """Count the events of some training images."""
@@ -211,6 +224,12 @@ class Workload:
                 f"weights={rule!r} and replays need a record of training; use a grid with weights='equal'."
             )
         return self.subject.replays
+
+
+def num_curvature_passes(precondition: KroneckerInverse) -> int:
+    """Count the sample-passes that a training image takes at a checkpoint, for the curvature."""
+    grid = precondition.events
+    return grid.timesteps * grid.draws * (2 if precondition.kind == "ekfac" else 1)
 
 
 def family_of(unit: Unit) -> Family:

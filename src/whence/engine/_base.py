@@ -166,7 +166,9 @@ class MatrixLayerFactors(AbstractLayerFactors):
     def factors(self) -> list[tuple[Float[Tensor, "event position inner"], Float[Tensor, "event position out"]]]:
         """Give A and G of each call."""
 
-    def covariance(self, *, with_bias: bool) -> tuple[Float[Tensor, "inner inner"], Float[Tensor, "out out"]]:
+    def covariance(
+        self, *, with_bias: bool, reduce: bool = False
+    ) -> tuple[Float[Tensor, "inner inner"], Float[Tensor, "out out"]]:
         """Give A^T A and G^T G, summed over events and positions: the factors of K-FAC (Martens and Grosse 2015).
 
         Positions count as samples of their own, which Eschenhagen et al. 2023 (arXiv:2311.00636) call *expand*. For the
@@ -174,11 +176,12 @@ class MatrixLayerFactors(AbstractLayerFactors):
 
         Args:
             with_bias: Add a column of ones to A, which stands for the bias.
+            reduce: Take the mean of A and the sum of G over the positions of each event first (*reduce*).
         """
         inner, out = [], []
         for a, g in self.factors():
             a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1) if with_bias else a
-            a, g = a.flatten(0, 1), g.flatten(0, 1)
+            a, g = (a.mean(1), g.sum(1)) if reduce else (a.flatten(0, 1), g.flatten(0, 1))
             inner.append(a.T @ a)
             out.append(g.T @ g)
         return add_up(inner), add_up(out)

@@ -7,13 +7,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from whence.engine._base import (
-    AbstractLayerFactors,
-    MatrixLayerFactors,
-    add_up,
-    numbers_at_once,
-    squared_lengths,
-)
+from whence.engine._base import AbstractLayerFactors, add_up, numbers_at_once, squared_lengths
 from whence.engine.capture import AbstractSink
 from whence.projections import AbstractProjection
 
@@ -177,23 +171,3 @@ class ProjectSink(AbstractSink):
         self.projection.add_flat(self.rows, names, flat)
         if self.with_norms:
             self.norm_squared += squared_lengths(flat)
-
-
-class CovarianceSink(AbstractSink):
-    """Sums, over passes, of A^T A and G^T G of every layer whose weight gradient is G^T A: the factors of K-FAC.
-
-    The two are kept by the name of the weight; other parameters have none. Of a layer whose bias is chosen too, A has a
-    last column of ones.
-    """
-
-    def __init__(self):
-        self.factors: dict[str, tuple[Float[Tensor, "inner inner"], Float[Tensor, "out out"]]] = {}
-
-    def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
-        """Add one layer's part."""
-        if isinstance(factors, MatrixLayerFactors) and "weight" in names:
-            inner, out = factors.covariance(with_bias="bias" in names)
-            if names["weight"] in self.factors:
-                before = self.factors[names["weight"]]
-                inner, out = before[0] + inner, before[1] + out
-            self.factors[names["weight"]] = inner, out

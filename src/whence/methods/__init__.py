@@ -2,7 +2,8 @@
 
 from whence.errors import ConfigError
 from whence.methods.baselines import PIXELS, RANDOM
-from whence.methods.frame import Baseline, GradientPlan, Grid, Method, Replay, RidgeInverse
+from whence.methods.frame import Baseline, GradientPlan, Grid, KroneckerInverse, Method, Replay, RidgeInverse
+from whence.methods.influence import EKFAC, KFAC
 from whence.methods.tracin import GAS, GRAD_COS, GRAD_DOT, RETRAC, TRACIN, TRACIN_CP
 from whence.methods.trak import D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED, TRAK
 
@@ -10,9 +11,11 @@ __all__ = [
     "DAS",
     "DAS_SIGNED",
     "D_TRAK",
+    "EKFAC",
     "GAS",
     "GRAD_COS",
     "GRAD_DOT",
+    "KFAC",
     "METHODS",
     "PIXELS",
     "RANDOM",
@@ -26,6 +29,7 @@ __all__ = [
     "Baseline",
     "GradientPlan",
     "Grid",
+    "KroneckerInverse",
     "Method",
     "Replay",
     "RidgeInverse",
@@ -35,6 +39,7 @@ __all__ = [
 _ALL = (
     *(TRACIN, RETRAC, TRACIN_CP, GRAD_DOT, GRAD_COS, GAS),
     *(TRAK, D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED),
+    *(KFAC, EKFAC),
     *(PIXELS, RANDOM),
 )
 METHODS: dict[str, Method | Baseline] = {method.name: method for method in _ALL}

@@ -73,6 +73,19 @@ class RidgeInverse:
 
 
 @dataclass(frozen=True)
+class KroneckerInverse:
+    """The damped inverse of the Gauss-Newton matrix of the mean squared error, by Kronecker factors of each layer."""
+
+    kind: Literal["kfac", "ekfac"] = "ekfac"
+    sharing: Literal["expand", "reduce"] = "expand"
+    """How positions of a layer enter (Eschenhagen et al. 2023, arXiv:2311.00636)."""
+    events: Grid = Grid(timesteps=10)
+    """At which events of all training images the matrix is taken."""
+    damping: float = 0.1
+    """In multiples of the mean eigenvalue of each layer."""
+
+
+@dataclass(frozen=True)
 class Method:
     """One way to score. Positive scores: training on the sample lowers the query's output."""
 
@@ -81,13 +94,18 @@ class Method:
     query: GradientPlan
     checkpoints: Literal["all", "last"] = "all"
     weights: WeightsRule = "learning_rate"
-    precondition: RidgeInverse | None = None
+    precondition: RidgeInverse | KroneckerInverse | None = None
     """What stands between both gradients; it is applied to the query's."""
     after: After = "none"
     squared: bool = False
     """Square the scores at last, which takes their sign."""
     source: str = ""
     """Where the method was published."""
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the gradients of all training samples are needed before the first score."""
+        return isinstance(self.precondition, RidgeInverse) or self.after != "none" or self.squared
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from whence.methods.frame import Baseline, GradientPlan, Grid, Method, Replay
+from whence.methods.frame import Baseline, GradientPlan, Grid, Method, Replay, RidgeInverse
 
 _AFTER = {
     "none": "",
@@ -52,9 +52,10 @@ def list_methods(methods: dict[str, Method | Baseline]) -> list[MethodFacts]:
 def _of_method(method: Method) -> MethodFacts:
     train, query = method.train.events, method.query.events
     assert isinstance(query, Grid)
-    needs_rows = method.precondition is not None or method.after != "none" or method.squared
     outputs = dict.fromkeys([method.train.output, method.query.output])
-    between = " ".join(filter(None, ["ridge inverse M" if method.precondition else "", _AFTER[method.after]]))
+    inverse = method.precondition
+    middle = "ridge inverse M" if isinstance(inverse, RidgeInverse) else inverse.kind if inverse else ""
+    between = " ".join(filter(None, [middle, _AFTER[method.after]]))
     one_visit = train == Replay("last")
     return MethodFacts(
         name=method.name,
@@ -63,7 +64,7 @@ def _of_method(method: Method) -> MethodFacts:
         query=_events(method.query),
         between=f"{between}, squared" if method.squared else between,
         checkpoints=method.checkpoints,
-        commands="index, query" if needs_rows else "trace; index, query",
+        commands="index, query" if method.needs_rows else "trace" if inverse else "trace; index, query",
         passes_per_training_image=train.timesteps * train.draws
         if isinstance(train, Grid)
         else 1

@@ -1,0 +1,123 @@
+"""Influence functions with Kronecker factors, on a trained model."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import reference
+from whence.attribution import trace
+from whence.checkpoints import list_checkpoints, load_model, load_scheduler
+from whence.config import IndexSettings, QuerySettings, TraceSettings
+from whence.engine.curvature_sinks import CovarianceSink
+from whence.errors import ConfigError, StoreError
+from whence.event_table import grid_events
+from whence.indexing import index
+from whence.methods import EKFAC, KFAC, Grid
+from whence.plan import plan
+from whence.querying import query
+from whence.record import Record
+from whence.second_order import load_or_make_curvature
+from whence.subject import Subject
+
+SETTINGS = TraceSettings(timesteps=5, draws=4, phases=2, train_timesteps=3, train_draws=1, batch_size=8, block_size=4)
+SMALL = Grid(timesteps=2)
+METHODS = [replace(m, precondition=replace(m.precondition, events=SMALL)) for m in (KFAC, EKFAC)]
+
+
+@pytest.fixture(scope="module")
+def subject(toy_run, toy_train):
+    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
+
+
+@pytest.fixture(scope="module")
+def scored(subject, toy_queries, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, trace(subject, toy_queries, METHODS, SETTINGS, folder, show_progress=False)
+
+
+def make_curvature(subject, method, path, settings=SETTINGS):
+    source = subject.source(subject.checkpoints[-1], settings)
+    return load_or_make_curvature(
+        path, source, subject.train, method.precondition, settings.seed, lambda n: None
+    ), source
+
+
+def gradients_of(subject, images, timesteps, draws, side):
+    model = load_model(subject.checkpoints[-1], dtype="float64")
+    scheduler = load_scheduler(subject.checkpoints[-1])
+    found = [
+        reference.query_gradients(
+            model, scheduler, images.pixels([row])[0], images.ids[row], timesteps, draws, side=side
+        ).mean(0)
+        for row in range(len(images))
+    ]
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_scores_are_those_of_the_dense_inverse(subject, scored, toy_train, toy_queries, tmp_path, method):
+    curvature, source = make_curvature(subject, method, tmp_path / "curvature.safetensors")
+    phi = gradients_of(subject, toy_train, 3, 1, "train")
+    psi = gradients_of(subject, toy_queries, 5, 4, "query")
+    want, spans = np.zeros((3, 10)), source.layout.spans
+    for name, block in curvature.blocks.items():
+        shape = (len(block.eigenvalues), -1)
+        names = [name] if block.bias is None else [name, block.bias]
+        # Flattened row by row, the bias at the end of each.
+        one, other = (
+            torch.cat([v[:, spans[n]].unflatten(1, shape) for n in names], dim=2).flatten(1) for v in (phi, psi)
+        )
+        basis = torch.kron(block.out_basis, block.inner_basis).double()
+        eigenvalues = block.eigenvalues.flatten().double()
+        damped = basis @ torch.diag(1 / (eigenvalues + 0.1 * eigenvalues.mean())) @ basis.T
+        want += (other @ damped @ one.T).numpy()
+    for name, squares in curvature.squares.items():
+        damped = squares.flatten().double() + 0.1 * squares.double().mean()
+        want += (psi[:, spans[name]] / damped @ phi[:, spans[name]].T).numpy()
+    found = scored[1][method.name]
+    np.testing.assert_allclose(found.values, want, atol=1e-3 * np.abs(want).max())
+    np.testing.assert_allclose(found.phases.sum(1), found.values, rtol=1e-4, atol=1e-6 * np.abs(want).max())
+
+
+def test_the_gauss_newton_matrix_of_the_last_bias(subject):
+    """Each pixel of a channel adds its bias once, so the matrix is 2/d times the pixels, on the diagonal."""
+    source = subject.source(subject.checkpoints[-1], replace(SETTINGS, parameters=("conv_out.*",)))
+    sink = CovarianceSink()
+    table = grid_events(subject.train, range(10), "train", Grid(timesteps=40), 50, seed=0)
+    source.sampled_gradients(table, subject.train, [sink], lambda n: None)
+    covariance = sink.covariances["conv_out.weight"]
+    found = covariance.out / len(table) * covariance.inner[-1, -1] / (len(table) * covariance.positions)
+    pixels, numbers = 64, 192
+    # 400 events x 64 pixels: the relative error of a variance is sqrt(2 / 25600).
+    np.testing.assert_allclose(torch.diagonal(found), 2 * pixels / numbers, rtol=0.05)
+    assert (found - torch.diag(torch.diagonal(found))).abs().max() < 0.05
+
+
+def test_the_curvature_is_kept(subject, toy_queries, scored, monkeypatch):
+    folder, _ = scored
+    monkeypatch.setattr("whence.second_order._make_curvature", lambda *a: pytest.fail("it was made again"))
+    found = trace(subject, toy_queries.select([0]), METHODS, SETTINGS, folder, show_progress=False)
+    assert set(found) == {"kfac", "ekfac"}
+    other = replace(SETTINGS, damping=1.0)  # needs no other curvature
+    more = trace(subject, toy_queries.select([0]), METHODS, other, folder, show_progress=False)
+    assert not np.allclose(more["ekfac"].values, found["ekfac"].values)
+
+
+def test_passes_for_curvature_are_planned(subject, toy_queries, tmp_path):
+    made = plan(subject, toy_queries, METHODS, SETTINGS, tmp_path)
+    assert [[count.curvature for count in one.passes] for one in made.passes] == [[20], [40]]
+    assert made.sample_passes == 2 * (3 * 20 + 10 * 3) + 20 + 40
+
+
+def test_not_from_a_store(subject, toy_queries, tmp_path):
+    settings = IndexSettings(grid=True, train_timesteps=3, train_draws=1, batch_size=8)
+    store = index(subject, settings, tmp_path, show_progress=False)
+    with pytest.raises(StoreError, match="ekfac cannot be had from a store: .* Use `whence trace`"):
+        query(subject, store, toy_queries, [EKFAC], QuerySettings(timesteps=5), tmp_path, show_progress=False)
+
+
+def test_no_damping_is_refused(subject, toy_queries, tmp_path):
+    with pytest.raises(ConfigError, match="damping must be above 0 with Kronecker factors"):
+        trace(subject, toy_queries, METHODS, replace(SETTINGS, damping=0.0), tmp_path, show_progress=False)
