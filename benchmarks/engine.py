@@ -62,7 +62,12 @@ SMALL, MIDDLE, LARGE, DIT = "UNet 0.45 M, 16 px", "UNet 1.6 M, 16 px", "UNet 16 
 ALL = [name for name in MODELS if name != "toy"]
 
 FULL = Settings(
-    dict.fromkeys(ALL, 32), path_s=12, min_runs=5, max_runs=25, limit_s=180, peer_models=(SMALL, MIDDLE, LARGE, DIT)
+    dict.fromkeys(ALL, 32) | {LARGE: 8},
+    path_s=12,
+    min_runs=5,
+    max_runs=25,
+    limit_s=180,
+    peer_models=(SMALL, MIDDLE, LARGE, DIT),
 )
 QUICK = Settings({SMALL: 32, LARGE: 8, DIT: 32}, path_s=2, min_runs=3, max_runs=9, limit_s=120, peer_models=(SMALL,))
 SMOKE = Settings({"toy": 4}, path_s=0, min_runs=1, max_runs=1, limit_s=60, peer_models=("toy",))
@@ -147,7 +152,9 @@ def find_bounds(rows: Sequence[Row], case: Case) -> None:
         if work is not None:
             least = work(operations)
             row.bound = operations.bound(least)
-            row.measured_bound = operations.measured_bound(least, measured[paths.SIGNAL], measured[paths.TRAFFIC])
+            if paths.SIGNAL in measured and paths.TRAFFIC in measured:
+                parts = measured[paths.SIGNAL], measured[paths.TRAFFIC]
+                row.measured_bound = operations.measured_bound(least, *parts)
 
 
 def compare(rows: Sequence[Row], workers: Workers, folder: Path) -> None:

@@ -125,8 +125,8 @@ def _number(value: float | None) -> str:
 
 
 def _bounds(row: dict[str, Any]) -> str:
-    if row["bound"] is None or row["ratio"] is None:
-        return ""
+    if row["measured_bound"] is None or row["ratio"] is None:
+        return _number(row["bound"])
     over = row["ratio"] / row["measured_bound"]
     return f"{_number(row['bound'])}, {_number(row['measured_bound'])} ({_number(over)} x)"
 

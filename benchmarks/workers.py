@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,8 @@ HERE = Path(__file__).parent
 OURS = "whence"
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 """What whence asks of the C library, here for plain passes and peers too."""
+PEER_TRIM_THRESHOLD = {"MALLOC_TRIM_THRESHOLD_": str(2**28)}
+"""All peers are in memory at once, and some need ten times what whence does: so they keep less."""
 
 
 class WorkerError(Exception):
@@ -29,9 +31,10 @@ class Worker:
     Args:
         command: What to run.
         limit_s: It is stopped when an answer takes longer than this many seconds.
+        environment: Further variables.
     """
 
-    def __init__(self, command: Sequence[str], limit_s: float):
+    def __init__(self, command: Sequence[str], limit_s: float, environment: Mapping[str, str]):
         self.limit_s = limit_s
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
@@ -40,7 +43,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env=os.environ | KEEP_FREED_MEMORY,
+            env=os.environ | KEEP_FREED_MEMORY | environment,
         )
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
@@ -93,7 +96,9 @@ class Workers:
         if key not in self.running:
             python, script = (sys.executable, "paths.py") if library == OURS else (peers.PYTHON, "peers.py")
             limit_s = 3600 if library == OURS else self.limit_s
-            self.running[key] = Worker([str(python), str(HERE / script), "work", *self.options], limit_s)
+            environment = {} if library == OURS else PEER_TRIM_THRESHOLD
+            command = [str(python), str(HERE / script), "work", *self.options]
+            self.running[key] = Worker(command, limit_s, environment)
         return self.running[key].ask(do, path=path, **request)
 
     def __enter__(self) -> "Workers":
