@@ -43,7 +43,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env=os.environ | KEEP_FREED_MEMORY | environment,
+            env={**os.environ, **KEEP_FREED_MEMORY, **environment},
         )
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:

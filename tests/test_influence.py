@@ -5,20 +5,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import reference
 from whence.attribution import trace
 from whence.checkpoints import list_checkpoints, load_model, load_scheduler
 from whence.config import IndexSettings, QuerySettings, TraceSettings
+from whence.diffusion.noise import normals
 from whence.engine.curvature_sinks import CovarianceSink
-from whence.errors import ConfigError, StoreError
+from whence.errors import CheckpointError, ConfigError, StoreError
 from whence.event_table import grid_events
 from whence.indexing import index
-from whence.methods import EKFAC, KFAC, Grid
+from whence.methods import EKFAC, KFAC, RETRAC_ADAM, TRACIN_ADAM, Grid, Replay
 from whence.plan import plan
 from whence.querying import query
 from whence.record import Record
-from whence.second_order import load_or_make_curvature
+from whence.second_order import adam_scales, load_or_make_curvature
 from whence.subject import Subject
 
 SETTINGS = TraceSettings(timesteps=5, draws=4, phases=2, train_timesteps=3, train_draws=1, batch_size=8, block_size=4)
@@ -121,3 +123,59 @@ def test_not_from_a_store(subject, toy_queries, tmp_path):
 def test_no_damping_is_refused(subject, toy_queries, tmp_path):
     with pytest.raises(ConfigError, match="damping must be above 0 with Kronecker factors"):
         trace(subject, toy_queries, METHODS, replace(SETTINGS, damping=0.0), tmp_path, show_progress=False)
+
+
+ADAM = [replace(m, query=replace(m.query, events=Grid(5, 4))) for m in (TRACIN_ADAM, RETRAC_ADAM)]
+
+
+def test_adam_divides_by_its_own_scale(subject, toy_queries, toy_train, tmp_path):
+    settings = replace(SETTINGS, train_timesteps=None, train_draws=None)
+    found = trace(subject, toy_queries, ADAM, settings, tmp_path, show_progress=False)
+    want = dict.fromkeys(("tracin-adam", "retrac-adam"), 0.0)
+    after = 0
+    for checkpoint in subject.checkpoints:
+        state = load_file(checkpoint.folder / "resume" / "optimizer.safetensors")
+        model, scheduler = load_model(checkpoint, dtype="float64"), load_scheduler(checkpoint)
+        scale = torch.cat(
+            [
+                (state[f"exp_avg_sq.{name}"] / (1 - 0.999 ** state[f"step.{name}"])).sqrt().flatten() + 1e-8
+                for name, _ in model.named_parameters()
+            ]
+        )
+        visits = subject.record.visits
+        for row, sample_id in enumerate(toy_train.ids):
+            *_, last = reference.visits_between(subject.record, sample_id, after, checkpoint.step)
+            image = toy_train.pixels([row])[0]
+            image = image[:, :, ::-1].copy() if visits.flip[last] else image
+            noise = normals(int(visits.noise_key[last]), image.shape)
+            g = reference.gradient(model, scheduler, image, int(visits.model_time[last]), noise)
+            weight = subject.replays.events(after, checkpoint.step, Replay("last"), "learning_rate").weight[row]
+            for column, image in enumerate(toy_queries.pixels(range(3))):
+                q = reference.query_gradients(model, scheduler, image, toy_queries.ids[column], 5, 4, side="query")
+                pairs = {
+                    "tracin-adam": (g, q.mean(0)),
+                    "retrac-adam": (g / g.norm(), (q / q.norm(dim=1, keepdim=True)).mean(0)),
+                }
+                for name, (one, other) in pairs.items():
+                    scores = np.zeros((3, 10))
+                    scores[column, row] = weight * float(one @ (other / scale))
+                    want[name] = want[name] + scores
+        after = checkpoint.step
+    for name, scores in found.items():
+        np.testing.assert_allclose(scores.values, want[name], rtol=2e-3, atol=2e-3 * np.abs(want[name]).max())
+
+
+def test_adam_needs_the_state_of_the_optimizer(subject, tmp_path):
+    checkpoint = subject.checkpoints[0]
+    with pytest.raises(CheckpointError, match="has not the state of an Adam optimizer.*resume_tensors"):
+        adam_scales(replace(checkpoint, folder=tmp_path), ["conv_in.weight"], 0.999, 1e-8)
+    with pytest.raises(CheckpointError, match="has not the state of an Adam optimizer"):
+        adam_scales(checkpoint, ["conv_in.weight", "other.weight"], 0.999, 1e-8)
+    with pytest.raises(CheckpointError, match="has not adam_beta2 in the config"):
+        adam_scales(checkpoint, ["conv_in.weight"], None, 1e-8)
+
+
+def test_adam_has_no_damping(subject, toy_queries, tmp_path):
+    settings = replace(SETTINGS, train_timesteps=None, train_draws=None, damping=1.0)
+    with pytest.warns(UserWarning, match="damping has no effect"):
+        trace(subject, toy_queries.select([0]), ADAM, settings, tmp_path, show_progress=False)

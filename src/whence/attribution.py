@@ -21,7 +21,7 @@ from whence.errors import ConfigError, ScoresError, check_choice
 from whence.event_table import check_same_data
 from whence.memory import Limits, choose_limits, measure_footprint, parse_memory
 from whence.methods import Baseline, Grid, Method, Replay
-from whence.methods.frame import KroneckerInverse, ReplayedVisits
+from whence.methods.frame import BeforeProjection, KroneckerInverse, ReplayedVisits, RidgeInverse
 from whence.scores import Scores
 from whence.streaming import StreamingPass, claim
 from whence.subject import Subject
@@ -64,8 +64,9 @@ def declare(
             "on, and weights all checkpoints equally."
         )
     method = replace(method, train=replace(method.train, events=events, unit=unit), query=query, weights=weights)
-    if method.precondition is not None and settings.damping is not None:
-        method = replace(method, precondition=replace(method.precondition, damping=settings.damping))
+    inverse = method.precondition
+    if isinstance(inverse, RidgeInverse | KroneckerInverse) and settings.damping is not None:
+        method = replace(method, precondition=replace(inverse, damping=settings.damping))
     return method, notes
 
 
@@ -155,7 +156,7 @@ def prepare(
     pairs = [declare(method, settings, has_record=subject.record is not None) for method in methods]
     declared = [method for method, _ in pairs]
     _check_methods(declared, settings)
-    if settings.damping is not None and not any(getattr(method, "precondition", None) for method in declared):
+    if settings.damping is not None and not any(isinstance(m, Method) and m.is_damped for m in declared):
         warnings.warn("damping has no effect: none of these methods has a preconditioner.", stacklevel=3)
     check_same_architecture(subject.checkpoints, settings.weights_name)
     _check_query_size(subject.train, queries)
@@ -289,7 +290,7 @@ def _groups(methods: Sequence[Method]) -> list[list[Method]]:
     """Put methods together that take gradients at the same events of the same checkpoints."""
     groups: dict[Any, list[Method]] = {}
     for method in methods:
-        before_projection = method.precondition if isinstance(method.precondition, KroneckerInverse) else None
+        before_projection = method.precondition if isinstance(method.precondition, BeforeProjection) else None
         key = (
             *(method.checkpoints, method.train.events, method.query.events, method.train.output, method.query.output),
             before_projection,

@@ -1,21 +1,25 @@
-"""The curvature of a checkpoint: passes over training images with sampled residuals, kept on disk.
+"""What stands between whole gradients at a checkpoint: curvature, kept on disk, or the optimizer's own scale.
 
-    <key>/<step>.safetensors    <weight>:out, :inner, :eigenvalues of each layer; <parameter>:squares of all others
+    cache/curvature/<key>.safetensors    <weight>:out, :inner, :eigenvalues of each layer; <parameter>:squares of others
 
-The key is of all that the curvature depends on. One pass gives the factors; EK-FAC takes a second one, for second
-moments in their eigenvectors.
+The key is of all that the curvature depends on. It comes from passes over training images with sampled residuals: one
+for the factors, and for EK-FAC a second one, for second moments in their eigenvectors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from whence._array_files import read_arrays, write_arrays
+from whence.checkpoints import Checkpoint
 from whence.curvature.kronecker import KroneckerBlock, KroneckerCurvature
 from whence.data import ImageData
 from whence.engine.curvature_sinks import CovarianceSink, SecondMomentSink
+from whence.errors import CheckpointError
 from whence.event_table import grid_events
 from whence.gradients import GradientSource
 from whence.methods.frame import KroneckerInverse
@@ -48,6 +52,39 @@ def load_or_make_curvature(
     else:
         write_arrays(path, _as_arrays(_make_curvature(source, images, precondition, seed, update)))
     return _from_arrays(path, source)
+
+
+def adam_scales(
+    checkpoint: Checkpoint, names: Iterable[str], beta2: float | None, eps: float
+) -> dict[str, Float[Tensor, "*shape"]]:
+    """Read what Adam divided gradients by at a checkpoint: sqrt(v / (1 - beta2^step)) + eps.
+
+    Args:
+        checkpoint: It must hold the optimizer's state.
+        names: Parameters.
+        beta2: Decay rate of the mean square.
+        eps: What was added to the root.
+
+    Returns:
+        The divisors by parameter.
+
+    Raises:
+        CheckpointError: If there is no such state, of these parameters, or ``beta2`` is not known.
+    """
+    path = checkpoint.folder / "resume" / "optimizer.safetensors"
+    found = read_arrays(path) if path.exists() else {}
+    lacking = [name for name in names if not {f"exp_avg_sq.{name}", f"step.{name}"} <= found.keys()]
+    if lacking or beta2 is None:
+        what = "the state of an Adam optimizer" if lacking else "adam_beta2 in the config of its record"
+        raise CheckpointError(
+            f"{checkpoint.folder} has not {what}. `whence train` writes it; in a loop of your own, give "
+            "Recorder.save the optimizer's tensors as resume_tensors, and the Recorder a config with adam_beta2."
+        )
+    scales = {}
+    for name in names:
+        square, step = (torch.from_numpy(found[f"{field}.{name}"]) for field in ("exp_avg_sq", "step"))
+        scales[name] = (square / (1 - beta2 ** float(step))).sqrt() + eps
+    return scales
 
 
 def _make_curvature(

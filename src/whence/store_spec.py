@@ -17,7 +17,7 @@ from whence.config import IndexSettings, QuerySettings, TraceSettings
 from whence.errors import StoreError
 from whence.gradients import GradientSource
 from whence.methods import Baseline, Grid, Method, Replay
-from whence.methods.frame import KroneckerInverse, WeightsRule
+from whence.methods.frame import BeforeProjection, WeightsRule
 from whence.projections import AbstractProjection, canonical_name, make_projection
 from whence.store import Store
 from whence.subject import Subject
@@ -189,7 +189,7 @@ def check_serves(store: Store, method: Method, subject: Subject) -> None:
     held = {c["step"] for c in store.spec["space"]["checkpoints"]}
     needed = {c.step for c in subject.used_checkpoints(method.checkpoints)}
     lacking = []
-    if isinstance(method.precondition, KroneckerInverse):
+    if isinstance(method.precondition, BeforeProjection):
         raise StoreError(
             f"{method.name} cannot be had from a store: its preconditioner comes before the projection. Use `whence "
             "trace`."

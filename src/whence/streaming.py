@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,12 @@ from whence._array_files import read_arrays, write_arrays
 from whence._files import sha256_of_json, write_json
 from whence.assembly import inverse, make_scores, sample_lengths, split_products
 from whence.checkpoints import Checkpoint
-from whence.curvature.kronecker import KroneckerCurvature
 from whence.errors import InUseError
 from whence.gradients import GradientSource
-from whence.methods.frame import Grid, Method, Replay
+from whence.methods.frame import AdamInverse, Grid, Method, Replay
 from whence.progress import progress_bar
 from whence.scores import Scores
-from whence.second_order import load_or_make_curvature
+from whence.second_order import adam_scales, load_or_make_curvature
 from whence.workload import Workload, family_of, rows_between
 
 WORTH_KEEPING_S = 5.0
@@ -117,31 +117,39 @@ class StreamingPass:
         source = self.subject.source(checkpoint, self.settings)
         for output in dict.fromkeys(self.work.outputs):
             source.of(output).check(self.subject.train)
-        curvature = self._curvature(source, checkpoint, bar)
+        precondition = self._preconditioner(source, checkpoint, bar)
         turns = self.work.split_queries(source.layout.num_params, self.query_bytes)
         bar.total = self.work.num_passes(len(turns))
         for index, rows in enumerate(turns):
-            self._run_turn(source, checkpoint, curvature, index, rows, bar)
+            self._run_turn(source, checkpoint, precondition, index, rows, bar)
         for path in folder.glob("query-*"):
             path.unlink()
         write_json(folder / "done.json", sorted(path.name for path in folder.glob("tile-*")))
 
-    def _curvature(self, source: GradientSource, checkpoint: Checkpoint, bar: Any) -> KroneckerCurvature | None:
-        """Give the curvature that stands between queries and training images, if there is to be one."""
-        precondition = self.work.precondition
-        if precondition is None:
+    def _preconditioner(
+        self, source: GradientSource, checkpoint: Checkpoint, bar: Any
+    ) -> Callable[[Float[Tensor, "vector param"]], Any] | None:
+        """Give what is applied to gradients of queries in place, if there is such a thing."""
+        asked, subject, spans = self.work.precondition, self.subject, source.layout.spans
+        if isinstance(asked, AdamInverse):
+            config = subject.record.manifest["config"] if subject.record else {}
+            scales = adam_scales(checkpoint, spans, config.get("adam_beta2"), asked.eps)
+            divisors = torch.cat([scales[name].flatten() for name in spans]).to(source.device)
+            return lambda vectors: vectors.div_(divisors)
+        if asked is None:
             return None
         bar.set_description_str(f"{f'curvature at {checkpoint.step}':<24}")
-        about = asdict(replace(precondition, damping=1.0)), self.subject.describe([checkpoint], self.settings)
+        about = asdict(replace(asked, damping=1.0)), subject.describe([checkpoint], self.settings)
         key = sha256_of_json([*about, self.settings.seed])[:16]
         path = self.cache.parent / "curvature" / f"{key}.safetensors"
-        return load_or_make_curvature(path, source, self.subject.train, precondition, self.settings.seed, bar.update)
+        made = load_or_make_curvature(path, source, subject.train, asked, self.settings.seed, bar.update)
+        return partial(made.solve_, spans=spans, damping=asked.damping)
 
     def _run_turn(
         self,
         source: GradientSource,
         checkpoint: Checkpoint,
-        curvature: KroneckerCurvature | None,
+        precondition: Callable[[Float[Tensor, "vector param"]], Any] | None,
         index: int,
         rows: range,
         bar: Any,
@@ -150,9 +158,9 @@ class StreamingPass:
         folder = self._folder(checkpoint)
         bar.set_description_str(f"{f'queries at {checkpoint.step}':<24}")
         turn = self._make_turn(source, folder, index, rows, bar.update)
-        if curvature is not None and self.work.precondition is not None:
+        if precondition is not None:
             for vectors in turn.vectors.split(self.work.vectors_per_query):
-                curvature.solve_(vectors, source.layout.spans, self.work.precondition.damping)
+                precondition(vectors)
         bar.set_description_str(f"{f'training at {checkpoint.step}':<24}")
         for start in range(0, len(self.subject.train), self.settings.block_size):
             block = range(start, min(start + self.settings.block_size, len(self.subject.train)))

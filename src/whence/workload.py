@@ -15,7 +15,17 @@ from whence.data import ImageData
 from whence.errors import ConfigError, check_choice
 from whence.event_table import EventTable, Replays
 from whence.gradients import Family, num_vectors
-from whence.methods.frame import After, Grid, KroneckerInverse, Method, Replay, RidgeInverse, Unit, WeightsRule
+from whence.methods.frame import (
+    After,
+    BeforeProjection,
+    Grid,
+    KroneckerInverse,
+    Method,
+    Replay,
+    RidgeInverse,
+    Unit,
+    WeightsRule,
+)
 from whence.subject import Subject
 
 _FAMILIES: tuple[Family, ...] = ("none", "timestep")
@@ -116,10 +126,10 @@ class Workload:
         return _query_grid(self.methods[0])
 
     @property
-    def precondition(self) -> KroneckerInverse | None:
+    def precondition(self) -> BeforeProjection | None:
         """What is applied to whole gradients of queries."""
         found = self.methods[0].precondition
-        return found if isinstance(found, KroneckerInverse) else None
+        return found if isinstance(found, BeforeProjection) else None
 
     @property
     def outputs(self) -> tuple[OutputName, OutputName]:
@@ -178,7 +188,7 @@ class Workload:
                 c.step,
                 query=len(self.queries) * per_query,
                 train=self.num_events(c, everything),
-                curvature=len(everything) * num_curvature_passes(self.precondition) if self.precondition else 0,
+                curvature=len(everything) * num_curvature_passes(self.precondition),
             )
             for c in self.checkpoints
         ]
@@ -226,8 +236,10 @@ class Workload:
         return self.subject.replays
 
 
-def num_curvature_passes(precondition: KroneckerInverse) -> int:
+def num_curvature_passes(precondition: BeforeProjection | None) -> int:
     """Count the sample-passes that a training image takes at a checkpoint, for the curvature."""
+    if not isinstance(precondition, KroneckerInverse):
+        return 0
     grid = precondition.events
     return grid.timesteps * grid.draws * (2 if precondition.kind == "ekfac" else 1)
 

@@ -4,7 +4,7 @@
     coverage   which parameters are taken from which layer, and which by running the whole model unit by unit
     tables     parameters that are broadcast over the events, of which each event has a copy
     layers     one file a layer kind; each makes the layer's per-unit gradients of its ``A`` and ``G``
-    sinks      what is wanted of them: norms, dot products, the gradients themselves
+    sinks      what is wanted of them: norms, dot products, projections, the gradients themselves; curvature
     check      the comparison with autograd on the first batch
 
 A *unit* is a run of consecutive events of a batch whose gradients are taken as one: a batch of ``event`` events in

@@ -2,12 +2,22 @@
 
 from whence.errors import ConfigError
 from whence.methods.baselines import PIXELS, RANDOM
-from whence.methods.frame import Baseline, GradientPlan, Grid, KroneckerInverse, Method, Replay, RidgeInverse
+from whence.methods.frame import (
+    AdamInverse,
+    Baseline,
+    GradientPlan,
+    Grid,
+    KroneckerInverse,
+    Method,
+    Replay,
+    RidgeInverse,
+)
 from whence.methods.influence import EKFAC, KFAC
-from whence.methods.tracin import GAS, GRAD_COS, GRAD_DOT, RETRAC, TRACIN, TRACIN_CP
+from whence.methods.tracin import GAS, GRAD_COS, GRAD_DOT, RETRAC, RETRAC_ADAM, TRACIN, TRACIN_ADAM, TRACIN_CP
 from whence.methods.trak import D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED, TRAK
 
 __all__ = [
+    "AdamInverse",
     "DAS",
     "DAS_SIGNED",
     "D_TRAK",
@@ -23,7 +33,9 @@ __all__ = [
     "RELATIF_L",
     "RENORMALISED",
     "RETRAC",
+    "RETRAC_ADAM",
     "TRACIN",
+    "TRACIN_ADAM",
     "TRACIN_CP",
     "TRAK",
     "Baseline",
@@ -37,7 +49,7 @@ __all__ = [
 ]
 
 _ALL = (
-    *(TRACIN, RETRAC, TRACIN_CP, GRAD_DOT, GRAD_COS, GAS),
+    *(TRACIN, RETRAC, TRACIN_ADAM, RETRAC_ADAM, TRACIN_CP, GRAD_DOT, GRAD_COS, GAS),
     *(TRAK, D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED),
     *(KFAC, EKFAC),
     *(PIXELS, RANDOM),

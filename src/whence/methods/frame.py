@@ -86,6 +86,17 @@ class KroneckerInverse:
 
 
 @dataclass(frozen=True)
+class AdamInverse:
+    """What Adam divides each gradient by: sqrt(v) + eps, v being its running mean square, corrected for its start."""
+
+    eps: float = 1e-8
+
+
+BeforeProjection = KroneckerInverse | AdamInverse
+"""Preconditioners of whole gradients: they do not commute with a projection."""
+
+
+@dataclass(frozen=True)
 class Method:
     """One way to score. Positive scores: training on the sample lowers the query's output."""
 
@@ -94,13 +105,18 @@ class Method:
     query: GradientPlan
     checkpoints: Literal["all", "last"] = "all"
     weights: WeightsRule = "learning_rate"
-    precondition: RidgeInverse | KroneckerInverse | None = None
+    precondition: RidgeInverse | BeforeProjection | None = None
     """What stands between both gradients; it is applied to the query's."""
     after: After = "none"
     squared: bool = False
     """Square the scores at last, which takes their sign."""
     source: str = ""
     """Where the method was published."""
+
+    @property
+    def is_damped(self) -> bool:
+        """Whether it has a damping."""
+        return isinstance(self.precondition, RidgeInverse | KroneckerInverse)
 
     @property
     def needs_rows(self) -> bool:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from whence.methods.frame import Baseline, GradientPlan, Grid, Method, Replay, RidgeInverse
+from whence.methods.frame import Baseline, GradientPlan, Grid, KroneckerInverse, Method, Replay, RidgeInverse
 
 _AFTER = {
     "none": "",
@@ -54,7 +54,11 @@ def _of_method(method: Method) -> MethodFacts:
     assert isinstance(query, Grid)
     outputs = dict.fromkeys([method.train.output, method.query.output])
     inverse = method.precondition
-    middle = "ridge inverse M" if isinstance(inverse, RidgeInverse) else inverse.kind if inverse else ""
+    middle = ""
+    if isinstance(inverse, KroneckerInverse):
+        middle = inverse.kind
+    elif inverse is not None:
+        middle = "ridge inverse M" if isinstance(inverse, RidgeInverse) else "1 / Adam's scale"
     between = " ".join(filter(None, [middle, _AFTER[method.after]]))
     one_visit = train == Replay("last")
     return MethodFacts(

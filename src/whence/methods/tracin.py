@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from whence.methods.frame import GradientPlan, Grid, Method, Replay
+from whence.methods.frame import AdamInverse, GradientPlan, Grid, Method, Replay
 
 _SOURCE = "Xie et al. 2024, arXiv:2401.09031"
 _QUERY_GRID = Grid(timesteps=100, draws=16)
@@ -26,6 +26,12 @@ RETRAC = Method(
 The query's normalised gradients are then averaged over timesteps, so a query whose timesteps disagree has smaller
 scores: the result is a cosine times the query's coherence.
 """
+
+TRACIN_ADAM = replace(TRACIN, name="tracin-adam", precondition=AdamInverse(), source="TracIn, with Adam's step")
+"""TracIn for models that Adam trained: its step divides each gradient by the root of the running mean square."""
+
+RETRAC_ADAM = replace(RETRAC, name="retrac-adam", precondition=AdamInverse(), source="ReTrac, with Adam's step")
+"""ReTrac with Adam's scale between the two gradients of length 1."""
 
 GRAD_DOT = Method(
     name="grad-dot",
