@@ -6,7 +6,7 @@ The key is of all that the curvature depends on. It comes from passes over train
 for the factors, and for EK-FAC a second one, for second moments in their eigenvectors.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def load_or_make_curvature(
 
 
 def adam_scales(
-    checkpoint: Checkpoint, names: Iterable[str], beta2: float | None, eps: float
+    checkpoint: Checkpoint, names: Collection[str], beta2: float | None, eps: float
 ) -> dict[str, Float[Tensor, "*shape"]]:
     """Read what Adam divided gradients by at a checkpoint: sqrt(v / (1 - beta2^step)) + eps.
 
