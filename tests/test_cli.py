@@ -237,7 +237,7 @@ def test_a_full_disk_is_told_without_a_traceback(run, images, capsys, monkeypatc
     def full(*arguments, **settings):
         raise OSError(errno.ENOSPC, "No space left on device", "tile.safetensors")
 
-    monkeypatch.setattr("whence.streaming.save_file", full)
+    monkeypatch.setattr("whence._array_files.save_file", full)
     message = fails(capsys, "trace", run, "--queries", images, *TRACE)
     assert "No space left on device" in message and "goes on from there" in message
     monkeypatch.undo()
