@@ -20,7 +20,7 @@ import pytest
 import safetensors.torch
 
 from conftest import TOY_TRAINING, toy_images
-from whence import scores, streaming
+from whence import _array_files, scores
 from whence.attribution import trace
 from whence.checkpoints import list_checkpoints
 from whence.config import ModelSettings, TraceSettings
@@ -83,7 +83,7 @@ def failing_disk(good: int | None, code: int = errno.ENOSPC) -> Iterator[Failing
         patch.setattr(os, "open", disk.wrap(os.open, writes=created))
         for name in ("fsync", "mkdir", "rename", "replace"):
             patch.setattr(os, name, disk.wrap(getattr(os, name)))
-        for module in (safetensors.torch, streaming, scores):
+        for module in (safetensors.torch, _array_files, scores):
             patch.setattr(module, "save_file", disk.wrap(module.save_file))
         patch.setattr(pq, "write_table", disk.wrap(pq.write_table))
         yield disk

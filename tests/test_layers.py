@@ -20,7 +20,7 @@ LAYER_OF = {
     "config": "leaf",
     "_files": "leaf",
     "_allocator": "leaf",
-    "_array_files": "leaf",
+    "_array_files": "artifacts",
     # mathematics: tensors in, tensors out
     "diffusion": "diffusion",
     "projections": "linear algebra",

@@ -215,5 +215,5 @@ def test_damping_without_a_preconditioner(subject, stores, toy_queries, tmp_path
 
 def test_what_comes_after_needs_the_preconditioner(subject, stores, toy_queries, tmp_path):
     odd = replace(GAS, after="l_relative")
-    with pytest.raises(ConfigError, match="after='l_relative' needs a preconditioner"):
+    with pytest.raises(ConfigError, match="after='l_relative' needs a RidgeInverse"):
         query(subject, stores["loss"], toy_queries, [odd], QUERY, tmp_path, show_progress=False)
