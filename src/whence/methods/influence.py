@@ -2,14 +2,12 @@
 
 from dataclasses import replace
 
-from whence.methods.frame import GradientPlan, Grid, KroneckerInverse, Method
+from whence.methods.frame import KroneckerInverse
+from whence.methods.tracin import GRAD_DOT
 
-EKFAC = Method(
+EKFAC = replace(
+    GRAD_DOT,
     name="ekfac",
-    train=GradientPlan(Grid(timesteps=10, draws=1)),
-    query=GradientPlan(Grid(timesteps=10, draws=2)),
-    checkpoints="last",
-    weights="equal",
     precondition=KroneckerInverse(kind="ekfac"),
     source="Mlodozeniec et al. 2025, arXiv:2410.13850; George et al. 2018, arXiv:1806.03884",
 )

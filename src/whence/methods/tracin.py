@@ -53,20 +53,8 @@ GRAD_COS = Method(
 )
 """Cosine of the mean gradients of both at the last checkpoint."""
 
-TRACIN_CP = Method(
-    name="tracin-cp",
-    train=GradientPlan(Grid(timesteps=10, draws=1)),
-    query=GradientPlan(Grid(timesteps=10, draws=2)),
-    weights="equal",
-    source="Pruthi et al. 2020, arXiv:2002.08484",
-)
+TRACIN_CP = replace(GRAD_DOT, name="tracin-cp", checkpoints="all", source="Pruthi et al. 2020, arXiv:2002.08484")
 """Inner products of the mean gradients of both, added up over checkpoints."""
 
-GAS = replace(
-    TRACIN_CP,
-    name="gas",
-    train=GradientPlan(Grid(timesteps=10, draws=1), unit="sample"),
-    query=GradientPlan(Grid(timesteps=10, draws=2), unit="sample"),
-    source="Hammoudeh and Lowd 2022, arXiv:2201.10055",
-)
+GAS = replace(GRAD_COS, name="gas", checkpoints="all", source="Hammoudeh and Lowd 2022, arXiv:2201.10055")
 """Cosines of the mean gradients of both, added up over checkpoints."""
