@@ -85,6 +85,7 @@ class Capture:
                 f"No trainable parameter matches {', '.join(map(repr, idle or patterns))}. The model has "
                 f"{len(trainable)} trainable parameters{some_of(trainable)}."
             )
+        self._all_parameters = list(model.parameters())
         self.arithmetic: torch.dtype = torch.float64
         """The coarsest type that an output gradient of the last pass had; not the parameters' under autocast."""
         coverage = find_coverage(model, self.parameters)
@@ -106,7 +107,7 @@ class Capture:
     @contextmanager
     def _hooks(self) -> Iterator[None]:
         """Freeze the parameters and watch the layers; undo both at the end, also after an exception."""
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        trainable = [p for p in self._all_parameters if p.requires_grad]
         # First of all hooks: another may change the output that this one must see.
         handles = [
             layer.register_forward_hook(self._after_forward, with_kwargs=True, prepend=True) for layer in self._layers
@@ -253,9 +254,9 @@ class Capture:
     @torch.no_grad()
     def _consume(self, layer: nn.Module) -> None:
         calls, how = self._calls.pop(layer), self._layers[layer]
-        found = {len(tensor) if tensor.ndim else 0 for call in calls for tensor in call} - {self._num_events}
-        if found:
-            self._uncover_layer(layer, f"its layer saw a batch of {min(found)}, not of {self._num_events} events")
+        for size in [tensor.shape[0] if tensor.ndim else 0 for call in calls for tensor in call]:
+            if size != self._num_events:
+                self._uncover_layer(layer, f"its layer saw a batch of {size}, not of {self._num_events} events")
         if not (self.uncovered and self.uncovered.keys() & how.names.values()):
             self._hand_over(how.kind(layer, calls, self._num_units), how.names)
 

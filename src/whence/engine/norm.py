@@ -12,8 +12,41 @@ from torch.nn import functional as F
 from whence.engine._base import AbstractLayerFactors, add_up
 
 
-class AbstractNormFactors(AbstractLayerFactors):
-    """Gradients of a layer that normalises, then scales and shifts."""
+class GroupNormFactors(AbstractLayerFactors):
+    """Gradients of an ``nn.GroupNorm``, whose channels are on the second axis."""
+
+    layer: nn.GroupNorm
+
+    def materialise(self) -> dict[str, Float[Tensor, "unit channel"]]:
+        """Run the layer's own backward pass as if the channels of all events were those of one event."""
+        weights, biases = zip(*(self._of_call(a, g) for a, g in self.calls), strict=True)
+        return {"weight": add_up(weights), "bias": add_up(biases)}
+
+    def _of_call(
+        self, inputs: Float[Tensor, "event channel *position"], grads: Float[Tensor, "event channel *position"]
+    ) -> tuple[Float[Tensor, "unit channel"], Float[Tensor, "unit channel"]]:
+        num_events, num_channels = inputs.shape[:2]
+        num_positions, groups = inputs[0, 0].numel(), self.layer.num_groups
+        inputs, grads = inputs.contiguous(), grads.contiguous()
+        _, mean, scale = torch.native_group_norm(
+            inputs, None, None, num_events, num_channels, num_positions, groups, self.layer.eps
+        )
+        flat = (1, num_events * num_channels, num_positions)
+        _, weight, bias = torch.ops.aten.native_group_norm_backward(
+            grads.view(flat),
+            inputs.view(flat),
+            mean.view(1, -1),
+            scale.view(1, -1),
+            inputs.new_empty(()).expand(num_events * num_channels),  # only gradients of inputs depend on the weight
+            *flat,
+            num_events * groups,
+            [False, True, True],  # of input, weight, bias
+        )
+        return tuple(self._sum_members(x.view(num_events, num_channels)) for x in (weight, bias))
+
+
+class AbstractLastAxesFactors(AbstractLayerFactors):
+    """Gradients of a layer that normalises, then scales and perhaps shifts, along its last axes."""
 
     layer: Any
 
@@ -21,44 +54,21 @@ class AbstractNormFactors(AbstractLayerFactors):
     def normalise(self, inputs: Float[Tensor, "event *rest"]) -> Float[Tensor, "event *rest"]:
         """Do what the layer does before it scales."""
 
-    @abstractmethod
-    def sum_positions(self, tensor: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit *shape"]:
-        """Add up what is scaled by the same weight, and the members of a unit."""
-
     def materialise(self) -> dict[str, Float[Tensor, "unit *shape"]]:
         """Multiply output gradients with normalised inputs, and add up positions and calls."""
         gradients = {}
         if self.layer.weight is not None:
-            gradients["weight"] = add_up(self.sum_positions(g * self.normalise(a)) for a, g in self.calls)
+            gradients["weight"] = add_up(self._sum_positions(g * self.normalise(a)) for a, g in self.calls)
         if getattr(self.layer, "bias", None) is not None:  # torch's RMSNorm has none
-            gradients["bias"] = add_up(self.sum_positions(g) for _, g in self.calls)
+            gradients["bias"] = add_up(self._sum_positions(g) for _, g in self.calls)
         return gradients
 
-
-class GroupNormFactors(AbstractNormFactors):
-    """Gradients of an ``nn.GroupNorm``, whose channels are on the second axis."""
-
-    layer: nn.GroupNorm
-
-    def normalise(self, inputs: Float[Tensor, "event *rest"]) -> Float[Tensor, "event *rest"]:
-        """Normalise each group of channels."""
-        return F.group_norm(inputs, self.layer.num_groups, eps=self.layer.eps)
-
-    def sum_positions(self, tensor: Float[Tensor, "event channel *position"]) -> Float[Tensor, "unit channel"]:
-        """Add up all positions."""
-        return self._sum_members(tensor.flatten(2).sum(2) if tensor.ndim > 2 else tensor)
-
-
-class _LastAxesFactors(AbstractNormFactors):
-    """Gradients of a layer whose scaled axes come last."""
-
-    def sum_positions(self, tensor: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit *shape"]:
-        """Add up all axes but the last."""
+    def _sum_positions(self, tensor: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit *shape"]:
         per_unit = self._per_unit(tensor)
         return per_unit.sum(tuple(range(1, per_unit.ndim - self.layer.weight.ndim)))
 
 
-class LayerNormFactors(_LastAxesFactors):
+class LayerNormFactors(AbstractLastAxesFactors):
     """Gradients of an ``nn.LayerNorm``."""
 
     layer: nn.LayerNorm
@@ -68,7 +78,7 @@ class LayerNormFactors(_LastAxesFactors):
         return F.layer_norm(inputs, self.layer.normalized_shape, eps=self.layer.eps)
 
 
-class RMSNormFactors(_LastAxesFactors):
+class RMSNormFactors(AbstractLastAxesFactors):
     """Gradients of an ``nn.RMSNorm``."""
 
     layer: nn.RMSNorm
@@ -78,7 +88,7 @@ class RMSNormFactors(_LastAxesFactors):
         return F.rms_norm(inputs, self.layer.normalized_shape, eps=self.layer.eps)
 
 
-class DiffusersRMSNormFactors(_LastAxesFactors):
+class DiffusersRMSNormFactors(AbstractLastAxesFactors):
     """Gradients of diffusers' own ``RMSNorm``."""
 
     layer: normalization.RMSNorm
