@@ -60,9 +60,10 @@ class Settings:
 
 SMALL, MIDDLE, LARGE, DIT = "UNet 0.45 M, 16 px", "UNet 1.6 M, 16 px", "UNet 16 M, 32 px", "DiT 1.4 M, 16 px"
 ALL = [name for name in MODELS if name != "toy"]
+FOR_GPUS = "UNet 36 M, 32 px"
 
 FULL = Settings(
-    dict.fromkeys(ALL, 32) | {LARGE: 8},
+    {name: 32 for name in ALL if name != FOR_GPUS} | {LARGE: 8},
     path_s=12,
     min_runs=5,
     max_runs=25,
@@ -245,6 +246,7 @@ def command(args: argparse.Namespace) -> str:
     options = [f"--{name}" for name in ("quick", "smoke") if getattr(args, name)]
     options += [] if args.peers else ["--no-peers"]
     options += ["--models", *args.models] if args.models else []
+    options += ["--batch-size", str(args.batch_size)] if args.batch_size else []
     options += ["--device", args.device] if args.device != "cpu" else []
     return shlex.join(["python", "benchmarks/engine.py", *options])
 
@@ -256,6 +258,7 @@ def main() -> None:
     length.add_argument("--smoke", action="store_true", help="a toy, one run each: that it works, not what it costs")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="measure other libraries")
     parser.add_argument("--models", nargs="+", choices=ALL, help="measure these alone")
+    parser.add_argument("--batch-size", type=int, help="samples in a batch, in place of each model's own")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--device", default="cpu", help="torch device, for example cuda")
     parser.add_argument("--json", type=Path, help="file for all figures")
@@ -266,7 +269,9 @@ def main() -> None:
     if args.peers:
         peers.install()
         libraries += dict.fromkeys(path.split()[0] for path in peers.PATHS)
-    batch_sizes = {name: settings.batch_size.get(name, 32) for name in args.models or settings.batch_size}
+    batch_sizes = {
+        name: args.batch_size or settings.batch_size.get(name, 32) for name in args.models or settings.batch_size
+    }
     about = describe_machine(args.threads, args.device, libraries)
     about |= {"command": command(args), "batch_size": batch_sizes}
     rows: list[Row] = []

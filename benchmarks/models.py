@@ -127,6 +127,7 @@ MODELS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     "UNet 1.6 M, 32 px": (32, lambda size: make_unet(size, (48, 96), 1, 8)),
     "DiT 1.4 M, 16 px": (16, lambda size: make_dit(size, 4, 4)),
     "UNet 16 M, 32 px": (32, lambda size: make_unet(size, (64, 128, 256), 2, 32)),
+    "UNet 36 M, 32 px": (32, lambda size: make_unet(size, (128, 256, 256, 256), 2, 32)),
 }
 """Name to size in pixels and what makes the network of that size."""
 

@@ -18,7 +18,7 @@ from whence.diffusion.adapters import check_model, predict
 from whence.diffusion.noise import drawn_flip, drawn_timestep
 from whence.diffusion.objectives import sample_loss
 from whence.event_table import make_batch
-from whence.precision import autocast
+from whence.precision import autocast, tensor_float_32
 from whence.record import Record, Visits
 from whence.recorder import visit_key
 from whence.subject import Subject
@@ -97,7 +97,10 @@ def _replay(subject: Subject, checkpoint: Checkpoint, device: str) -> CheckRow:
     precision = record.manifest["mixed_precision"]
     if precision not in TOLERANCE:
         return CheckRow(what, "not checkable", len(visits), f"mixed precision {precision!r} cannot be replayed")
-    found = _losses(subject, model.train(), visits, device)
+    # On a GPU PyTorch's own default is TensorFloat32 in convolutions: training may have had it or not.
+    ways = [False] if torch.device(device).type == "cpu" else [False, True]
+    replayed = [_losses(subject, model.train(), visits, device, tf32=tf32) for tf32 in ways]
+    found = min(replayed, key=lambda losses: np.abs(losses - visits.loss).max())
     difference = np.abs(found - visits.loss) / np.maximum(np.abs(visits.loss), 1e-3)
     worst = int(np.argmax(difference))
     detail = f"largest relative difference of a loss {difference[worst]:.1e}, allowed {TOLERANCE[precision]:.0e}"
@@ -108,14 +111,14 @@ def _replay(subject: Subject, checkpoint: Checkpoint, device: str) -> CheckRow:
     return CheckRow(what, "failed", len(visits), detail)
 
 
-def _losses(subject: Subject, model: Any, visits: Visits, device: str) -> np.ndarray:
+def _losses(subject: Subject, model: Any, visits: Visits, device: str, *, tf32: bool) -> np.ndarray:
     """Repeat the forward passes of one step, with the same batches."""
     assert subject.replays is not None and subject.record is not None
     losses = []
     for micro_batch in np.unique(visits.micro_batch):
         table = subject.replays.table(visits.where(visits.micro_batch == micro_batch))
         batch = make_batch(table, subject.train, subject.process, device=device)
-        with torch.no_grad(), autocast(subject.record.manifest["mixed_precision"], device):
+        with torch.no_grad(), autocast(subject.record.manifest["mixed_precision"], device), tensor_float_32(tf32):
             prediction = predict(model, batch.noisy, batch.timesteps)
         loss = sample_loss(prediction.float(), batch.target, subject.loss) * batch.loss_weight
         losses.append(loss.cpu().numpy())

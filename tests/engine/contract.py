@@ -59,7 +59,7 @@ def loss(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     if isinstance(outputs, tuple):
         return torch.stack([loss(part) for part in outputs]).sum(0)
     flat = outputs.flatten(1)
-    return (flat * torch.arange(flat.shape[1], dtype=flat.dtype).sin() + flat.square() / 7).sum(1)
+    return (flat * torch.arange(flat.shape[1], dtype=flat.dtype, device=flat.device).sin() + flat.square() / 7).sum(1)
 
 
 def batch_of_one(model: nn.Module, inputs: Tensor, num_units: int) -> dict[str, Tensor]:

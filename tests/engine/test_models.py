@@ -271,9 +271,16 @@ def make_outputs(model: nn.Module, made: Inputs) -> Callable[[slice], Tensor]:
     return outputs
 
 
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("name", list(MODELS))
-def test_gradients_are_those_of_one_event_at_a_time(name: str):
+def test_gradients_are_those_of_one_event_at_a_time(name: str, device: str):
     model, made = build(name)
+    model, made = model.to(device), {name: tensor.to(device) for name, tensor in made.items()}
     outputs = make_outputs(model, made)
     capture = Capture(model)
     layout = Layout.of(capture.parameters)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ class AbstractLayerFactors(ABC):
 
     def norm_squared(self, names: Collection[str]) -> Float64[Tensor, " unit"]:
         """Squared length of each unit's gradient over the named parameters of this layer."""
-        return sum((squared_lengths(piece.gradients) for piece in self.pieces(names)), start=self._zeros())
+        return self._total(squared_lengths(piece.gradients) for piece in self.pieces(names))
 
     def dot(
         self, vectors: Mapping[str, Float[Tensor, "vector param"]]
@@ -86,11 +86,11 @@ class AbstractLayerFactors(ABC):
 
         Both are added up over the parameters that the vectors are given for.
         """
-        dots, norm_squared = [], self._zeros()
+        dots, norm_squared = [], []
         for name, span, gradients in self.pieces(vectors):
             dots.append(gradients @ vectors[name][:, span].T)
-            norm_squared += squared_lengths(gradients)
-        return add_up(dots), norm_squared
+            norm_squared.append(squared_lengths(gradients))
+        return add_up(dots), add_up(norm_squared)
 
     def project(
         self,
@@ -111,20 +111,23 @@ class AbstractLayerFactors(ABC):
         Returns:
             Squared length of each unit's gradient over the chosen parameters; zeros unless wanted.
         """
-        norm_squared = self._zeros()
+        norm_squared = []
         for own, name in names.items():
             gradients = self.gradient(own)
             projection.add(rows, name, gradients)
             if with_norms:
-                norm_squared += squared_lengths(gradients.flatten(1))
-        return norm_squared
+                norm_squared.append(squared_lengths(gradients.flatten(1)))
+        return self._total(norm_squared)
 
-    def _zeros(self) -> Float64[Tensor, " unit"]:
-        return torch.zeros(self.num_units, dtype=torch.float64, device=self.calls[0][1].device)
+    def _total(self, parts: Iterable[Float64[Tensor, " unit"]]) -> Float64[Tensor, " unit"]:
+        """Add up squared lengths, of which there may be none."""
+        found = list(parts)
+        device = self.calls[0][1].device
+        return add_up(found) if found else torch.zeros(self.num_units, dtype=torch.float64, device=device)
 
     def _per_unit(self, events: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit member *rest"]:
         """Split the event axis into units and their members."""
-        return events.unflatten(0, (self.num_units, -1))
+        return events.view(self.num_units, -1, *events.shape[1:])
 
     def _sum_members(self, events: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit *rest"]:
         """Add up the members of each unit."""
@@ -233,7 +236,8 @@ class MatrixLayerFactors(AbstractLayerFactors):
         """Take the cheaper of the two forms."""
         if "weight" not in names or not self._gram_pays:
             return super().norm_squared(names)
-        return self.gram_norm_squared().double() + super().norm_squared([n for n in names if n != "weight"])
+        of_weight = self.gram_norm_squared().double()
+        return of_weight + squared_lengths(self.bias()) if "bias" in names else of_weight
 
     def project(
         self,
@@ -247,20 +251,23 @@ class MatrixLayerFactors(AbstractLayerFactors):
         sides = projection.sides(names["weight"]) if "weight" in names else None
         if sides is None:
             return super().project(projection, names, rows, with_norms=with_norms)
-        rest = {own: name for own, name in names.items() if own != "weight"}
-        norm_squared = super().project(projection, rest, rows, with_norms=with_norms)
+        norm_squared = []
         if self._factors_pay(sides.out, sides.inner, with_norms):
             core = self.project_factors(sides.out, sides.inner)
-            norm_squared += self.norm_squared(["weight"]) if with_norms else 0
+            if with_norms:
+                norm_squared.append(self.norm_squared(["weight"]))
         else:
             cores = []
             for start, block in self._row_blocks():
                 inner = block if sides.inner is None else block @ sides.inner
                 cores.append(inner if sides.out is None else sides.out[start : start + block.shape[1]].T @ inner)
-                norm_squared += squared_lengths(block.flatten(1)) if with_norms else 0
+                if with_norms:
+                    norm_squared.append(squared_lengths(block.flatten(1)))
             core = torch.cat(cores, dim=1) if sides.out is None else add_up(cores)
         projection.add_core(rows, names["weight"], core)
-        return norm_squared
+        if "bias" in names:
+            norm_squared.append(super().project(projection, {"bias": names["bias"]}, rows, with_norms=with_norms))
+        return self._total(norm_squared)
 
     @property
     def _gram_pays(self) -> bool:
@@ -305,9 +312,18 @@ def squared_lengths(rows: Float[Tensor, "unit param"]) -> Float64[Tensor, " unit
     """Squared length of each row, in float64 so that layers can be added up."""
     # In float32 vector_norm adds one number after another, which is off by 1e-4 for a million of them; it is ten times
     # as fast as a sum of squares, and exact enough for some thousand.
-    if rows.shape[1] <= _NUMBERS_PER_LENGTH:
+    count = rows.shape[1]
+    if count <= _NUMBERS_PER_LENGTH:
         return torch.linalg.vector_norm(rows, dim=1).double().square()
-    whole = rows.shape[1] // _NUMBERS_PER_LENGTH * _NUMBERS_PER_LENGTH
-    blocks = rows[:, :whole].unflatten(1, (-1, _NUMBERS_PER_LENGTH))
+    num_blocks = _num_blocks(count)
+    whole = count // num_blocks * num_blocks
+    blocks = rows[:, :whole].view(len(rows), num_blocks, -1)
     lengths = torch.linalg.vector_norm(blocks, dim=2).double().square().sum(1)
-    return lengths + squared_lengths(rows[:, whole:])
+    return lengths if whole == count else lengths + squared_lengths(rows[:, whole:])
+
+
+@cache
+def _num_blocks(count: int) -> int:
+    """Cut so many numbers into equal blocks of at most ``_NUMBERS_PER_LENGTH``, if possible with no number left."""
+    fewest = ceil(count / _NUMBERS_PER_LENGTH)
+    return next((blocks for blocks in range(fewest, 2 * fewest) if count % blocks == 0), fewest)

@@ -164,8 +164,9 @@ class Capture:
             self._pending.clear()
             self._run_forward_and_backward(outputs)
         # Left are layers that are replayed, and those with a call whose output is not used and gave no gradient.
-        for layer in list(self._calls):
-            self._consume(layer)
+        with torch.no_grad():  # as in a backward pass
+            for layer in list(self._calls):
+                self._consume(layer)
 
     def _run_forward_and_backward(self, outputs: Outputs) -> None:
         with event_tables(self._tables, self._num_events) as tables:
@@ -226,7 +227,7 @@ class Capture:
         if self._phase != "backward":
             return  # the model takes a gradient of its own in its forward pass
         try:
-            (inputs,) = kept.pop().saved_tensors  # hooks live until the pass ends; what they kept is not to
+            inputs = kept.pop()._saved_other  # hooks live until the pass ends; what they kept is not to
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
@@ -251,12 +252,13 @@ class Capture:
             "with use_reentrant=False, or none."
         )
 
-    @torch.no_grad()
     def _consume(self, layer: nn.Module) -> None:
         calls, how = self._calls.pop(layer), self._layers[layer]
-        for size in [tensor.shape[0] if tensor.ndim else 0 for call in calls for tensor in call]:
-            if size != self._num_events:
-                self._uncover_layer(layer, f"its layer saw a batch of {size}, not of {self._num_events} events")
+        for call in calls:
+            for tensor in call:
+                if not tensor.ndim or len(tensor) != self._num_events:
+                    size = len(tensor) if tensor.ndim else 0
+                    self._uncover_layer(layer, f"its layer saw a batch of {size}, not of {self._num_events} events")
         if not (self.uncovered and self.uncovered.keys() & how.names.values()):
             self._hand_over(how.kind(layer, calls, self._num_units), how.names)
 
@@ -329,29 +331,17 @@ class Capture:
         self._sinks = ()
 
 
-class _Keep(torch.autograd.Function):
-    """An operation without an effect, whose node in the graph keeps a tensor for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, tensor: Tensor) -> Tensor:
-        ctx.save_for_backward(tensor)
-        return anchor.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise AssertionError("nothing is made of the output")
-
-
 def _keep(tensor: Tensor) -> Any:
-    """Keep a tensor as a layer keeps its input, and return the node that has it as its saved tensor.
+    """Keep a tensor as a layer keeps its input, and return the node that has it, as ``_saved_other``.
 
     So it is checked for changes in place, and where gradient checkpointing is on it is freed and recomputed.
 
     Returns:
         The node of the graph.
     """
-    anchor = torch.empty(0, requires_grad=True)
-    return _Keep.apply(anchor, tensor.detach()).grad_fn
+    # A product without elements computes nothing, and its node keeps both factors.
+    nothing = torch.empty(0, *[1] * tensor.ndim, device=tensor.device, requires_grad=True)
+    return (nothing * tensor.detach()).grad_fn
 
 
 def some_of(names: Sequence[str]) -> str:

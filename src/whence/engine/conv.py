@@ -1,25 +1,28 @@
 """Convolutions: the weight gradient of a unit is G^T A, A the input unfolded into the patches that the kernel sees.
 
-For gradients nothing is unfolded. The weight gradient of many units is that of *one* convolution with a group for each
-unit, which runs at the speed of training's own; a projected ``A`` is the result of a small random convolution; and the
-Gram matrix of patches is a sum, over the elements of the kernel, of shifted views of the Gram matrix of pixels.
+Where positions are many nothing is unfolded: the weight gradient of many units is that of *one* convolution with a
+group for each unit, which runs at the speed of training's own. Where they are few such a convolution has little to work
+on, and on a GPU it is slow in any case: there patches are gathered and multiplied. A projected ``A`` is the result of a
+small random convolution; and the Gram matrix of patches is a sum, over the elements of the kernel, of shifted views of
+the Gram matrix of pixels.
 
 A transposed convolution is a convolution from its output to its input: the patches are those of its output gradients,
 and its inputs take their part.
 """
 
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from math import inf, prod
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from whence.engine._base import PER_PAIR, PER_PRODUCT, MatrixLayerFactors, add_up, numbers_at_once
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_BACKWARD = torch.ops.aten.convolution_backward.default
 
 _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -34,8 +37,10 @@ class ConvFactors(MatrixLayerFactors):
     row_rate = 1.0
 
     def weight_rows(self, outputs: slice) -> Float[Tensor, "unit out inner"]:
-        """Convolve as the backward pass of training does, each unit in a group of its own."""
-        return add_up(self._weight_rows(image, grads[:, outputs]) for image, grads in self._factors)
+        """Convolve as the backward pass of training does, each unit in a group of its own; or multiply patches."""
+        if self._gathers:
+            return add_up(self._gather(call, grads[:, outputs]) for call, (_, grads) in enumerate(self._factors))
+        return add_up(self._convolve(image, grads[:, outputs]) for image, grads in self._factors)
 
     def bias(self) -> Float[Tensor, "unit out"]:
         """Add up the output gradients over positions and calls."""
@@ -89,21 +94,15 @@ class ConvFactors(MatrixLayerFactors):
         return (out.unflatten(0, (self.layer.groups, -1)).mT @ grads @ patches.mT).sum(1)
 
     def factors(self) -> list[tuple[Float[Tensor, "event position inner"], Float[Tensor, "event position out"]]]:
-        """Unfold the patches; of a layer with groups, those of each group are positions of their own."""
+        """Gather the patches; of a layer with groups, those of each group are positions of their own."""
         groups = self.layer.groups
-        found = []
-        for image, grads in self._factors:
-            patches = F.pad(image, [p for padding in reversed(self._padding) for p in (padding, padding)])
-            axes = zip(self._kernel, self.layer.stride, self.layer.dilation, strict=True)
-            for axis, (size, stride, dilation) in enumerate(axes, start=2):
-                patches = patches.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-            # event, in, *position, *kernel
-            dims = len(self._kernel)
-            patches = patches[(..., *[slice(0, count) for count in grads.shape[2:]], *[slice(None)] * dims)]
-            patches = patches.unflatten(1, (groups, -1)).movedim(2, 2 + dims)  # event, group, *position, in, *kernel
-            out = grads.unflatten(1, (groups, -1)).movedim(2, -1)
-            found.append((patches.flatten(2 + dims).flatten(1, 1 + dims), out.flatten(1, 1 + dims)))
-        return found
+        return [
+            (
+                self._patches(image, grads).unflatten(1, (groups, -1)).mT.flatten(1, 2),
+                grads.flatten(2).unflatten(1, (groups, -1)).mT.flatten(1, 2),
+            )
+            for image, grads in self._factors
+        ]
 
     @property
     def positions(self) -> int:
@@ -126,13 +125,10 @@ class ConvFactors(MatrixLayerFactors):
         """Outputs in one piece of the weight gradient; all of them where they fall into groups."""
         return super().outputs_at_once if self.layer.groups == 1 else len(self.layer.weight)
 
-    def _weight_rows(
+    def _convolve(
         self, image: Float[Tensor, "event in *size"], grads: Float[Tensor, "event out *size2"]
     ) -> Float[Tensor, "unit out inner"]:
-        if self._pointwise:
-            pixels, out = (self._per_unit(x.flatten(2)).transpose(1, 2).flatten(2) for x in (image, grads))
-            rows = out @ pixels.mT
-        elif len(image) == self.num_units or grads.shape[1] == len(self.layer.weight):
+        if len(image) == self.num_units or grads.shape[1] == len(self.layer.weight):
             # Members are the batch of the convolution. That takes a copy where units have several.
             image, across = (self._per_unit(x).transpose(0, 1).flatten(1, 2) for x in (image, grads))
             rows = self._weight_gradient(image, across, self.num_units)
@@ -147,7 +143,7 @@ class ConvFactors(MatrixLayerFactors):
         groups = num_units * self.layer.groups
         # Only the shape of the weight is looked at.
         weight = image.new_empty(()).expand(grads.shape[1], *self.layer.weight.shape[1:])
-        return torch.ops.aten.convolution_backward(
+        return _BACKWARD(
             grads.contiguous(),
             image.contiguous(),
             weight,
@@ -161,11 +157,64 @@ class ConvFactors(MatrixLayerFactors):
             [False, True, False],  # of input, weight, bias
         )[1]
 
+    @property
+    def _gathers(self) -> bool:
+        """Whether gradients are made of patches: on a GPU always, on a CPU where they are fewer numbers than these."""
+        ((_, grads), *_) = self._factors
+        if self.layer.groups > 1:
+            return False
+        return grads.device.type != "cpu" or self._is_pointwise or len(self.layer.weight) > grads[0, 0].numel()
+
     @cached_property
-    def _pointwise(self) -> bool:
+    def _is_pointwise(self) -> bool:
         """Whether a position sees its own pixel alone, as in a fully connected layer."""
-        layer = self.layer
-        return layer.groups == 1 and {*self._kernel, *layer.stride} == {1} and not any(self._padding)
+        return {*self._kernel, *self.layer.stride} == {1} and not any(self._padding)
+
+    def _patches(
+        self, image: Float[Tensor, "event in *size"], grads: Float[Tensor, "event out *size2"]
+    ) -> Float[Tensor, "event group_inner position"]:
+        """Give what each position sees."""
+        if self._is_pointwise:
+            return image.flatten(2)
+        if any(self._padding):
+            image = F.pad(image, [p for padding in reversed(self._padding) for p in (padding, padding)])
+        axes = zip(image.shape[2:], self._kernel, grads.shape[2:], self.layer.stride, self.layer.dilation, strict=True)
+        seen = _pixels_seen(tuple(axes), image.device)
+        gathered = image.flatten(2).gather(2, seen.expand(*image.shape[:2], -1))
+        return gathered.view(len(image), -1, grads[0, 0].numel())
+
+    def _gather(self, call: int, grads: Float[Tensor, "event out *size2"]) -> Float[Tensor, "unit out inner"]:
+        """Multiply patches, on a GPU of as many units as fit into memory."""
+        num_events, num_out, num_positions = grads.flatten(2).shape
+        num_inner, members = self.layer.weight[0].numel(), num_events // self.num_units
+        numbers = num_inner * num_positions * members
+        at_once = num_events if grads.device.type == "cpu" else max(1, numbers_at_once(grads.device) // numbers)
+        rows = grads.new_empty(self.num_units, num_out, num_inner)
+        for start in range(0, self.num_units, at_once):
+            units = slice(start, min(start + at_once, self.num_units))
+            events = slice(units.start * members, units.stop * members)
+            out, seen = grads[events].flatten(2), self._patches_of(call, events)
+            if members > 1 and num_out * num_inner > (num_out + num_inner) * num_positions:
+                # Fewer numbers are copied if the positions of all members are taken as one.
+                out, seen = (x.unflatten(0, (-1, members)).transpose(1, 2).flatten(2) for x in (out, seen))
+            if len(out) == units.stop - units.start:
+                torch.bmm(out, seen.mT, out=rows[units])
+            else:
+                torch.sum((out @ seen.mT).unflatten(0, (-1, members)), 1, out=rows[units])
+        return rows
+
+    def _patches_of(self, call: int, events: slice) -> Float[Tensor, "event inner position"]:
+        """Gather patches of some events; those of all are kept, for the next outputs."""
+        image, grads = self._factors[call]
+        if events != slice(0, len(image)):
+            return self._patches(image[events], grads)
+        if call not in self._kept_patches:
+            self._kept_patches[call] = self._patches(image, grads)
+        return self._kept_patches[call]
+
+    @cached_property
+    def _kept_patches(self) -> dict[int, Float[Tensor, "event inner position"]]:
+        return {}
 
     @cached_property
     def _factors(self) -> list[tuple[Float[Tensor, "event in *size"], Float[Tensor, "event out *size2"]]]:
@@ -206,3 +255,24 @@ class ConvFactors(MatrixLayerFactors):
                 for size, count, stride, dilation in axes
             )
         )
+
+
+@cache
+def _pixels_seen(axes: tuple[tuple[int, int, int, int, int], ...], device: torch.device) -> Int64[Tensor, " element"]:
+    """Say which pixel each element of the kernel sees at each position.
+
+    Args:
+        axes: Size, kernel size, number of positions, stride and dilation along each axis; the size with its padding.
+        device: Where it is wanted.
+
+    Returns:
+        Number of the pixel, by element of the kernel, then by position.
+    """
+    dims, where = len(axes), []
+    for axis, (_, kernel, positions, stride, dilation) in enumerate(axes):
+        seen = torch.arange(kernel)[:, None] * dilation + torch.arange(positions) * stride
+        shape = [1] * (2 * dims)
+        shape[axis], shape[dims + axis] = kernel, positions
+        where.append(seen.view(shape))
+    sizes = [size for size, *_ in axes]
+    return torch.arange(prod(sizes)).view(sizes)[tuple(where)].flatten().to(device)

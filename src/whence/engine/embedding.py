@@ -28,7 +28,8 @@ class EmbeddingFactors(AbstractLayerFactors):
         """Add up the rows that were looked up."""
         places, rows = self._rows
         unit = places // self.layer.num_embeddings
-        return self._zeros().index_add_(0, unit, squared_lengths(rows))
+        lengths = squared_lengths(rows)
+        return lengths.new_zeros(self.num_units).index_add_(0, unit, lengths)
 
     def dot(
         self, vectors: Mapping[str, Float[Tensor, "vector param"]]

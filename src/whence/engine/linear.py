@@ -54,4 +54,5 @@ class LinearFactors(MatrixLayerFactors):
 
     @cached_property
     def _factors(self) -> list[tuple[Float[Tensor, "unit position inner"], Float[Tensor, "unit position out"]]]:
-        return [(self._per_unit(a).flatten(1, -2), self._per_unit(g).flatten(1, -2)) for a, g in self.calls]
+        num = self.num_units
+        return [(a.reshape(num, -1, a.shape[-1]), g.reshape(num, -1, g.shape[-1])) for a, g in self.calls]

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from whence.engine._base import AbstractLayerFactors, add_up
 
+_BACKWARD = torch.ops.aten.native_group_norm_backward.default
+
 
 class GroupNormFactors(AbstractLayerFactors):
     """Gradients of an ``nn.GroupNorm``, whose channels are on the second axis."""
@@ -26,13 +28,13 @@ class GroupNormFactors(AbstractLayerFactors):
         self, inputs: Float[Tensor, "event channel *position"], grads: Float[Tensor, "event channel *position"]
     ) -> tuple[Float[Tensor, "unit channel"], Float[Tensor, "unit channel"]]:
         num_events, num_channels = inputs.shape[:2]
-        num_positions, groups = inputs[0, 0].numel(), self.layer.num_groups
+        num_positions, groups = inputs.numel() // (num_events * num_channels), self.layer.num_groups
         inputs, grads = inputs.contiguous(), grads.contiguous()
         _, mean, scale = torch.native_group_norm(
             inputs, None, None, num_events, num_channels, num_positions, groups, self.layer.eps
         )
         flat = (1, num_events * num_channels, num_positions)
-        _, weight, bias = torch.ops.aten.native_group_norm_backward(
+        _, weight, bias = _BACKWARD(
             grads.view(flat),
             inputs.view(flat),
             mean.view(1, -1),

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -68,13 +69,24 @@ class _Folds:
 
     signs: Float[Tensor, " number"]
     shifts: Int64[Tensor, " fold"]
-    starts: list[int]
-    """The shifts as Python numbers."""
+    width: int
 
-    def places(self, width: int) -> Int64[Tensor, " number"]:
+    @cached_property
+    def stretches(self) -> list[tuple[int, slice, Float[Tensor, " number"]]]:
+        """Cut each fold in two, up to the end of the rows and on from their beginning: fold, place, signs."""
+        found, count = [], len(self.signs)
+        for fold, start in enumerate(self.shifts.tolist()):
+            first, last = fold * self.width, min((fold + 1) * self.width, count)
+            turn = min(first + self.width - start, last)
+            found.append((fold, slice(start, start + turn - first), self.signs[first:turn]))
+            if turn < last:
+                found.append((fold, slice(0, last - turn), self.signs[turn:last]))
+        return found
+
+    def places(self) -> Int64[Tensor, " number"]:
         """Say where each number falls."""
         numbers = torch.arange(len(self.signs), device=self.signs.device)
-        return (numbers % width + self.shifts[numbers // width]) % width
+        return (numbers % self.width + self.shifts[numbers // self.width]) % self.width
 
 
 class FoldSketch:
@@ -95,8 +107,10 @@ class FoldSketch:
         at_once = max(1, _GATHERED_AT_ONCE // max(1, rows.numel()))
         for first in range(0, num_gathered, at_once):
             _add_whole_folds(rows, flat, folds, slice(first, min(first + at_once, num_gathered)))
-        for fold in range(num_gathered, len(folds.starts)):
-            _add_one_fold(rows, flat, folds, fold)
+        stretches = [(place, their_signs) for fold, place, their_signs in folds.stretches if fold >= num_gathered]
+        parts = flat[:, num_gathered * width :].split([len(their_signs) for _, their_signs in stretches], dim=1)
+        for (place, their_signs), part in zip(stretches, parts, strict=True):
+            rows[:, place].addcmul_(part, their_signs)
 
     def add_together(
         self, rows: Float[Tensor, "unit width"], counts: Mapping[str, int], flat: Float[Tensor, "unit number"]
@@ -105,7 +119,7 @@ class FoldSketch:
         key = tuple(counts)
         if key not in self._places:
             tables = [self._folds(name, count, rows.shape[1]) for name, count in counts.items()]
-            places = torch.cat([folds.places(rows.shape[1]) for folds in tables])
+            places = torch.cat([folds.places() for folds in tables])
             self._places[key] = torch.cat([folds.signs for folds in tables]), places
         signs_of_all, places = self._places[key]
         rows.index_add_(1, places, flat * signs_of_all)
@@ -119,18 +133,7 @@ class FoldSketch:
         draws = uniforms(self._space.key("shifts", name), math.ceil(count / width))
         shifts = torch.from_numpy((draws * width).astype(np.int64))
         table = self._space.tensor(signs(self._space.key("signs", name), count))
-        return _Folds(table, shifts.to(self._space.device), shifts.tolist())
-
-
-def _add_one_fold(rows: Tensor, flat: Tensor, folds: _Folds, fold: int) -> None:
-    """Add one fold in two parts: up to the end of the rows, and on from their beginning."""
-    width, start = rows.shape[1], folds.starts[fold]
-    first = fold * width
-    last = min(first + width, flat.shape[1])
-    turn = min(first + width - start, last)
-    rows[:, start : start + turn - first].addcmul_(flat[:, first:turn], folds.signs[first:turn])
-    if turn < last:
-        rows[:, : last - turn].addcmul_(flat[:, turn:last], folds.signs[turn:last])
+        return _Folds(table, shifts.to(self._space.device), width)
 
 
 def _add_whole_folds(rows: Tensor, flat: Tensor, folds: _Folds, chosen: slice) -> None:
