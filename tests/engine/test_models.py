@@ -294,9 +294,11 @@ def test_gradients_are_those_of_one_event_at_a_time(name: str, device: str):
         sink = GatherSink(layout, torch.zeros_like(want))
         dots = DotSink(layout, want[:1], num_units)
         capture.run(outputs, NUM_EVENTS, num_units, [sink, dots])
-        check_rows(layout, sink.rows, want)
-        torch.testing.assert_close(dots.norm_squared, want.square().sum(1), rtol=RTOL, atol=0.0)
-        torch.testing.assert_close(dots.dots[:, 0], want @ want[0], rtol=RTOL, atol=RTOL * float(want[0].norm()) ** 2)
+        # Sana's attention is in float32 whatever the model's type; on a GPU it depends on the batch by as much.
+        rtol = 1e-4 if (name, device) == ("sana", "cuda") else RTOL
+        check_rows(layout, sink.rows, want, rtol)
+        torch.testing.assert_close(dots.norm_squared, want.square().sum(1), rtol=rtol, atol=0.0)
+        torch.testing.assert_close(dots.dots[:, 0], want @ want[0], rtol=rtol, atol=rtol * float(want[0].norm()) ** 2)
     assert not capture.uncovered
     assert all(p.grad is None for p in parameters) and all(p.requires_grad for p in parameters)
 
@@ -305,11 +307,11 @@ RTOL = 1e-9
 """float64, some ten layers deep."""
 
 
-def check_rows(layout: Layout, found: Tensor, want: Tensor) -> None:
+def check_rows(layout: Layout, found: Tensor, want: Tensor, rtol: float = RTOL) -> None:
     """Compare parameter by parameter; some of the gradients are zero in exact arithmetic."""
     for name, span in layout.spans.items():
         error, length = (found - want)[:, span].norm(dim=1), want[:, span].norm(dim=1)
-        assert (error <= RTOL * length + 1e-12 * want.norm(dim=1)).all(), name
+        assert (error <= rtol * length + 1e-3 * rtol * want.norm(dim=1)).all(), name
 
 
 @pytest.mark.parametrize("name", ["unet, classes", "text unet, adapters, checkpointed", "sd3", "pixart"])
