@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
 import reference
@@ -18,7 +19,7 @@ from whence.diffusion.noise import normals
 from whence.diffusion.process import nearest_timesteps
 from whence.errors import ConfigError, StoreError
 from whence.indexing import index
-from whence.methods import GRAD_COS, MATCHED_COS, MATCHED_DOT, RETRAC_MATCHED, Replay, RidgeInverse
+from whence.methods import GRAD_COS, MATCHED_COS, MATCHED_DOT, RETRAC_MATCHED, AdamInverse, Replay, RidgeInverse
 from whence.plan import plan
 from whence.progress import progress_bar
 from whence.querying import query
@@ -108,14 +109,21 @@ def test_scores_are_means_over_timesteps_of_products_there(
         assert found.query_timesteps.tolist() == [1, 13, 25, 37, 49]
 
 
-def replay_reference(subject, train, queries, replay):
+def adam_scale(checkpoint, model):
+    """Root of Adam's running mean square of each gradient, corrected for its start."""
+    state = load_file(checkpoint.folder / "resume" / "optimizer.safetensors")
+    parts = [state[f"exp_avg_sq.{name}"] / (1 - 0.999 ** state[f"step.{name}"]) for name, _ in model.named_parameters()]
+    return np.concatenate([np.sqrt(part).ravel() + 1e-8 for part in parts])
+
+
+def replay_reference(subject, train, queries, replay, scale=lambda checkpoint, model: 1.0):
     """One visit and one query at a time; scores by phase."""
     scores, visits = np.zeros((3, PHASES, 10)), subject.record.visits
     scheduler, grid = load_scheduler(subject.checkpoints[-1]), np.array(reference.grid(50, TIMESTEPS))
     after = 0
     for number, checkpoint in enumerate(subject.checkpoints):
         model = load_model(checkpoint, dtype="float64")
-        queried = unit(gradients(subject, queries, "query", DRAWS, number))
+        queried = unit(gradients(subject, queries, "query", DRAWS, number)) / scale(checkpoint, model)
         for row, id_ in enumerate(train.ids):
             mine = reference.visits_between(subject.record, id_, after, checkpoint.step)
             weights = [visits.learning_rate[v] * visits.clip_coefficient[v] / visits.samples_in_step[v] for v in mine]
@@ -150,6 +158,13 @@ def test_a_visit_meets_the_nearest_timestep(subject, replayed, toy_train, toy_qu
         theirs = getattr(found, name)
         atol = 1e-4 * np.nanmax(np.abs(theirs))
         np.testing.assert_allclose(getattr(stored, name), theirs, rtol=1e-4, atol=atol, err_msg=name)
+
+
+def test_adam_stands_between_gradients_that_meet(subject, toy_train, toy_queries, tmp_path):
+    method = replace(RETRAC_MATCHED, name="mine", precondition=AdamInverse())
+    found = trace(subject, toy_queries, [method], SETTINGS, tmp_path, show_progress=False)["mine"]
+    want = replay_reference(subject, toy_train, toy_queries, "last", adam_scale)
+    np.testing.assert_allclose(found.phases, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())  # its state is float32
 
 
 def test_the_nearest_timestep_is_the_one_with_less_noise_where_two_are():

@@ -3,7 +3,8 @@
     score(i, q) = sum_c a_i^c < psi_q^c , M_c sum_{e in E(i,c)} w_e u(g_{i,e}^c) >
 
 ``g`` are gradients of an output function at checkpoint c, ``E`` the events of training sample i, ``u`` a normalisation,
-``psi`` the query's sum likewise, ``M`` a preconditioner and ``a`` what comes after. A method is data: it touches no
+``psi`` the query's sum likewise, ``M`` a preconditioner and ``a`` what comes after. Where both sides meet timestep by
+timestep, ``psi`` is the query's gradient at the timestep of ``e``, and not a sum. A method is data: it touches no
 model and draws no noise.
 """
 
