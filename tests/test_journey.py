@@ -184,6 +184,11 @@ class TestRefusals:
             with pytest.raises(ConfigError, match=message):
                 query(subject, store, queries, [JOURNEY_TRAK], QUERY, tmp_path, show_progress=False)
 
+    def test_another_number_of_steps(self, subject, sampled, tmp_path):
+        odd = replace(GRAD_DOT, query=GradientPlan(Trajectory(2, steps=7)))
+        with pytest.raises(ConfigError, match=r"grad-dot asks for 7 steps of a trajectory, .* has 5"):
+            trace(subject, sampled, [odd], TraceSettings(), tmp_path, show_progress=False)
+
     def test_paths_of_training_images(self, subject, run, sampled, tmp_path):
         odd = replace(GRAD_DOT, train=GradientPlan(Trajectory(1)))
         for traced in (subject, replace(subject, record=None)):

@@ -19,7 +19,18 @@ from whence.diffusion.noise import normals
 from whence.diffusion.process import nearest_timesteps
 from whence.errors import ConfigError, StoreError
 from whence.indexing import index
-from whence.methods import GRAD_COS, MATCHED_COS, MATCHED_DOT, RETRAC_MATCHED, AdamInverse, Replay, RidgeInverse
+from whence.methods import (
+    GRAD_COS,
+    GRAD_DOT,
+    MATCHED_COS,
+    MATCHED_DOT,
+    RETRAC_MATCHED,
+    AdamInverse,
+    Grid,
+    KroneckerInverse,
+    Replay,
+    RidgeInverse,
+)
 from whence.plan import plan
 from whence.progress import progress_bar
 from whence.querying import query
@@ -165,6 +176,16 @@ def test_adam_stands_between_gradients_that_meet(subject, toy_train, toy_queries
     found = trace(subject, toy_queries, [method], SETTINGS, tmp_path, show_progress=False)["mine"]
     want = replay_reference(subject, toy_train, toy_queries, "last", adam_scale)
     np.testing.assert_allclose(found.phases, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())  # its state is float32
+
+
+def test_at_one_timestep_sums_and_timesteps_are_the_same(subject, toy_queries, tmp_path):
+    sums = replace(GRAD_DOT, precondition=KroneckerInverse(kind="kfac", events=Grid(1)))
+    methods = [sums, replace(sums, name="met", meet="timesteps")]
+    settings = replace(SETTINGS, timesteps=1, train_timesteps=1, phases=1)
+    found = trace(subject, toy_queries, methods, settings, tmp_path, show_progress=False)
+    for name in ("values", "phases", "halves", "train_norms", "train_weights", "query_norms"):
+        first, second = (getattr(scores, name) for scores in found.values())
+        np.testing.assert_allclose(second, first, rtol=1e-9, err_msg=name)
 
 
 def test_the_nearest_timestep_is_the_one_with_less_noise_where_two_are():

@@ -166,7 +166,7 @@ class StreamingPass:
         size = self.settings.block_size * len(self.work.meetings)
         blocks = [range(start, min(start + size, num_train)) for start in range(0, num_train, size)]
         tiles = {folder / f"tile-{index:06d}-{block.start:08d}.safetensors": block for block in blocks}
-        if self.work.is_matched and all(path.exists() for path in tiles):
+        if all(path.exists() for path in tiles):
             query = len(rows) * len(points) * self.work.query_grid.draws
             bar.update(query + self.work.num_events(checkpoint, range(num_train), points))
             return

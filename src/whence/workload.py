@@ -348,7 +348,10 @@ def fill_in_steps(method: Method | Baseline, queries: ImageData) -> Method | Bas
             "them, or not of all images at the same timesteps. Sample images with `whence sample RUN --trajectory` and "
             "give the file that it writes."
         )
-    events = replace(method.query.events, steps=len(queries.trajectories.timesteps))
+    steps, asked = len(queries.trajectories.timesteps), method.query.events.steps
+    if asked not in (0, steps):
+        raise ConfigError(f"{method.name} asks for {asked} steps of a trajectory, {queries.source} has {steps}.")
+    events = replace(method.query.events, steps=steps)
     return replace(method, query=replace(method.query, events=events))
 
 
