@@ -14,6 +14,7 @@ from PIL import Image
 from conftest import TOY_MODEL, TOY_TRAINING, toy_images
 from whence.cli import main
 from whence.data import save_arrays
+from whence.scores import Scores
 from whence.training import train
 
 TRACE = ["--timesteps", "4", "--draws", "2", "--phases", "2"]
@@ -244,7 +245,7 @@ def test_a_full_disk_is_told_without_a_traceback(run, images, capsys, monkeypatc
     assert answer(capsys, "trace", run, "--queries", images, *TRACE)["rows"]
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "trace", "plan", "self", "report", "check", "show"])
+@pytest.mark.parametrize("command", ["demo", "train", "sample", "trace", "plan", "self", "report", "check", "show"])
 def test_help_is_complete(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
@@ -407,3 +408,22 @@ def test_a_plan_is_printed_before_anything_is_traced(run, images, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"^memory: \d+MiB$", printed, re.MULTILINE) and "index: " in printed
     assert "smallest bound that does" in fails(capsys, "plan", run, "--queries", images, *TRACE, "--memory", "1MiB")
+
+
+def test_scores_along_the_path_of_the_sampler(run, images, capsys):
+    sampled = answer(capsys, "sample", run, "--count", "2", "--steps", "4", "--seed", "5", "--trajectory")["images"]
+    main(["sample", str(run), "--count", "2", "--steps", "4", "--seed", "5", "--trajectory"])
+    assert capsys.readouterr().out.strip() == sampled  # it is there already
+    grid = ["--grid", "--train-timesteps", "3", "--checkpoints", "last", "--width", "256"]
+    answer(capsys, "index", run, *grid)
+    asked = ["--methods", "journey-trak", "--draws", "2", "--phases", "4", "--damping", "0.1"]
+    found = answer(capsys, "query", run, "--queries", sampled, *asked)
+    assert [row["query"] for row in found["rows"]] == ["generated-0"] * 5 + ["generated-1"] * 5
+    scores = Scores.load(found["scores"]["journey-trak"])
+    assert scores.phases.shape == (2, 4, 6)  # one score a step
+    assert "journey-trak follows the steps by which a sampler came" in fails(
+        capsys, "query", run, "--queries", images, *asked
+    )
+    same = ["--methods", "matched-cos", "--timesteps", "3", "--draws", "2", "--phases", "1"]
+    cosines = Scores.load(answer(capsys, "query", run, "--queries", images, *same)["scores"]["matched-cos"])
+    assert cosines.values.shape == (6, 6) and np.abs(cosines.values).max() < 1.1

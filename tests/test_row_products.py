@@ -45,7 +45,9 @@ def test_products_do_not_depend_on_the_buffer(dtype, monkeypatch):
     rows.flags.writeable = False  # as a mapped file is
     vectors = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
     found = Multiplier(vectors).multiply(rows)
-    np.testing.assert_allclose(found.numpy(), rows.astype(np.float64) @ vectors.double().numpy().T, rtol=1e-5)
+    np.testing.assert_allclose(
+        found.numpy(), rows.astype(np.float64) @ vectors.double().numpy().T, rtol=1e-5, atol=1e-6
+    )
     assert Multiplier(vectors).multiply(rows[:0]).shape == (0, 2)
 
 

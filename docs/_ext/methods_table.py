@@ -22,9 +22,15 @@ class MethodsTable(SphinxDirective):
         self.env.note_reread()  # the page depends on code that Sphinx does not see
         rows = [asdict(one) for one in list_methods(METHODS)]
         lines = [[name.replace("_", " ") for name in rows[0]], ["---"] * len(rows[0])]
-        lines += [["as visits" if cell is None else str(cell) for cell in row.values()] for row in rows]
+        lines += [[_cell(name, cell) for name, cell in row.items()] for row in rows]
         text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         return self.parse_text_to_nodes(text)
+
+
+def _cell(name: str, value: str | int | None) -> str:
+    if value is None:
+        return "as steps" if name == "passes_per_query" else "as visits"
+    return str(value)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -4,7 +4,7 @@ Each query has a run of vectors, family by family, in the order that ``whence.gr
 halves of a method are read off the products with them, and results of checkpoints and blocks are joined.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
-from whence.diffusion.process import even_timesteps
 from whence.gradients import num_vectors
 from whence.methods.frame import Method
 from whence.scores import Scores
@@ -33,7 +32,7 @@ def split_products(
     """Read phases and halves off a method's family of vectors.
 
     Args:
-        work: Which families there are, how many phases, and whether there are halves.
+        work: Which families there are, how many phases are in a meeting, and whether there are halves.
         method: One of its methods.
         products: Products of training images with all vectors.
         lengths: Lengths of each query's whole sum and of its halves, in the family ``none``.
@@ -41,7 +40,7 @@ def split_products(
     Returns:
         Scores by phase, and by half.
     """
-    num_phases = work.phases
+    num_phases = work.phases_at_once
     family = family_of(method.query.unit)
     before = work.query_families[: work.query_families.index(family)]
     start = sum(num_vectors(f, num_phases, work.halves) for f in before)
@@ -59,9 +58,40 @@ def sample_lengths(work: Workload, vectors: Float[Tensor, "vector number"]) -> l
     """Give the lengths of a query's whole sum and of its halves in the family ``none``; zeros where that is not."""
     if work.query_families[0] != "none":
         return [0.0, 0.0, 0.0]
-    whole = vectors[: work.phases].sum(0)
-    half_a = vectors[work.phases] if work.halves else whole
+    whole = vectors[: work.phases_at_once].sum(0)
+    half_a = vectors[work.phases_at_once] if work.halves else whole
     return [float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in (whole, half_a, 2 * whole - half_a)]
+
+
+def join_meetings(work: Workload, parts: Iterable[Mapping[str, ndarray]]) -> dict[str, ndarray]:
+    """Join what was computed at each timestep of the queries: phases gather theirs, halves add up.
+
+    Args:
+        work: Timesteps and phases.
+        parts: In the order of the timesteps; the arrays of :func:`make_scores`, of one phase, and ``train_counts``, the
+            events of each training image.
+
+    Returns:
+        The same arrays of all timesteps.
+    """
+    joined: dict[str, ndarray] = {}
+    added: list[str] = []
+    query_norms = []
+    for points, part in zip(work.meetings, parts, strict=True):
+        query_norms.append(part["query_norms"])
+        squares = np.where(part["train_counts"] > 0, part["train_norms"], 0) ** 2 * part["train_counts"]
+        if not joined:
+            num_query, _, num_train = part["phases"].shape
+            added = [name for name in ("halves", "train_counts") if name in part]
+            joined = {**part, **{name: np.zeros_like(part[name]) for name in added}}
+            joined |= {"phases": np.zeros((num_query, work.phases, num_train)), "train_squares": np.zeros(num_train)}
+        joined["phases"][:, work.phases_of(points)] += part["phases"]
+        joined["train_squares"] += squares
+        for name in added:
+            joined[name] += part[name]
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        joined["train_norms"] = np.sqrt(joined["train_squares"] / joined["train_counts"])
+    return joined | {"query_norms": np.concatenate(query_norms, axis=1)}
 
 
 def make_scores(
@@ -90,7 +120,7 @@ def make_scores(
         return np.stack(found) if found else None
 
     phases, halves = totals["phases"], totals.get("halves")
-    timesteps = even_timesteps(1, work.subject.process.num_timesteps - 1, work.query_grid.timesteps).numpy()
+    timesteps = work.query_timesteps
     phase_of = np.arange(len(timesteps)) * work.phases // len(timesteps)
     num_phases = 0 if method.squared else work.phases  # squares of the parts do not add up
     return Scores(

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,12 +21,12 @@ from whence.errors import ConfigError, ScoresError, check_choice
 from whence.event_table import check_same_data
 from whence.memory import Limits, choose_limits, measure_footprint, parse_memory
 from whence.methods import Baseline, Grid, Method, Replay
-from whence.methods.frame import BeforeProjection, KroneckerInverse, ReplayedVisits, RidgeInverse
+from whence.methods.frame import BeforeProjection, KroneckerInverse, ReplayedVisits, RidgeInverse, Trajectory
 from whence.scores import Scores
 from whence.streaming import StreamingPass, claim
 from whence.subject import Subject
 from whence.training import check_device
-from whence.workload import Workload, check_method, num_phases
+from whence.workload import Workload, check_method, fill_in_steps, num_phases
 
 SCORING_VERSION = 1
 """Part of every hash of scores; counts up when the same settings give other scores."""
@@ -51,10 +51,12 @@ def declare(
     query = method.query
     if isinstance(query.events, Grid):  # anything else is refused by check_method
         query = replace(query, events=_grid(query.events, settings.timesteps, settings.draws))
+    elif isinstance(query.events, Trajectory) and settings.draws is not None:
+        query = replace(query, events=replace(query.events, draws=settings.draws))
     events, unit, weights, notes = method.train.events, method.train.unit, method.weights, []
-    if isinstance(events, Grid) or not has_record:
+    if isinstance(events, Grid) or (isinstance(events, Replay) and not has_record):
         events = _grid(events, settings.train_timesteps, settings.train_draws)
-    elif settings.replay is not None:
+    elif isinstance(events, Replay) and settings.replay is not None:
         events = Replay(settings.replay)
     if isinstance(method.train.events, Replay) and isinstance(events, Grid):
         unit, weights = "timestep" if unit == "event" else unit, "equal"
@@ -154,15 +156,20 @@ def prepare(
     """
     check_trace_settings(settings)
     pairs = [declare(method, settings, has_record=subject.record is not None) for method in methods]
-    declared = [method for method, _ in pairs]
+    declared = [fill_in_steps(method, queries) for method, _ in pairs]
     _check_methods(declared, settings)
     if settings.damping is not None and not any(isinstance(m, Method) and m.is_damped for m in declared):
         warnings.warn("damping has no effect: none of these methods has a preconditioner.", stacklevel=3)
+    on_path = [m for m in declared if isinstance(m, Method) and isinstance(m.query.events, Trajectory)]
+    if settings.timesteps is not None and len(on_path) == len(declared):
+        warnings.warn("timesteps has no effect: queries are taken at the steps of their sampler.", stacklevel=3)
     check_same_architecture(subject.checkpoints, settings.weights_name)
     _check_query_size(subject.train, queries)
     if subject.record is not None:
         check_same_data(subject.record, subject.train)
     specs = {method.name: _spec(method, subject, queries, settings) for method in declared}
+    for method, notes in pairs:
+        notes += _notes_on_trajectories(queries, specs[method.name])
     folders = {name: folder / "scores" / f"{name}-{sha256_of_json(spec)[:8]}" for name, spec in specs.items()}
     groups = _groups([m for m in declared if isinstance(m, Method)])
     return TraceWork(
@@ -293,7 +300,7 @@ def _groups(methods: Sequence[Method]) -> list[list[Method]]:
         before_projection = method.precondition if isinstance(method.precondition, BeforeProjection) else None
         key = (
             *(method.checkpoints, method.train.events, method.query.events, method.train.output, method.query.output),
-            before_projection,
+            *(before_projection, method.meet),
         )
         groups.setdefault(key, []).append(method)
     return list(groups.values())
@@ -308,6 +315,8 @@ def _spec(method: Method | Baseline, subject: Subject, queries: ImageData, setti
         return {"version": SCORING_VERSION, "method": asdict(method), **seed, "train": train, "queries": asked}
     kinds = {"events": type(method.train.events).__name__, "query_events": type(method.query.events).__name__}
     used = subject.used_checkpoints(method.checkpoints)
+    if isinstance(method.query.events, Trajectory) and queries.trajectories is not None:
+        asked["trajectories"] = sha256_of_json(queries.trajectories.hashes)
     return {
         "version": SCORING_VERSION,
         "method": asdict(method) | kinds,
@@ -316,6 +325,17 @@ def _spec(method: Method | Baseline, subject: Subject, queries: ImageData, setti
         "queries": asked,
         **subject.describe(used, settings),
     }
+
+
+def _notes_on_trajectories(queries: ImageData, spec: Mapping[str, Any]) -> list[str]:
+    """Say where queries were sampled from other weights than those that are traced."""
+    if queries.trajectories is None or "trajectories" not in spec["queries"]:
+        return []
+    traced = {checkpoint["sha256"] for checkpoint in spec["checkpoints"]}
+    others = [one for one in queries.trajectories.about if one.get("checkpoint_sha256") not in traced]
+    if not others:
+        return []
+    return [f"{len(others)} of {len(queries)} queries were sampled from other weights than those that are traced."]
 
 
 def describe_arithmetic(settings: TraceSettings, limits: Limits) -> dict[str, Any]:

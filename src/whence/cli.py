@@ -92,6 +92,41 @@ def train(
     _print_table(["step", "checkpoint"], rows, json)
 
 
+def sample(
+    model: Positional[Path],
+    /,
+    *,
+    count: int = 4,
+    steps: int = 50,
+    seed: int = 0,
+    trajectory: bool = False,
+    data: str | None = None,
+    out: Path | None = None,
+    allow_pickle: bool = False,
+    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
+    json: bool = False,
+) -> None:
+    """Sample images from the last checkpoint with DDIM, to be traced as queries. The same seed gives the same images.
+
+    Args:
+        model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
+        count: Images to sample.
+        steps: Denoising steps.
+        seed: Seed of the noise.
+        trajectory: Also keep what the sampler took each image to be at each step, as journey-trak needs it.
+        data: Training images. A run knows its own.
+        out: Folder for the images, where the model was not trained by whence.
+        allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
+        data_settings: How training images are read. Default: as the run did.
+        json: Print the path as JSON.
+    """
+    from whence.pipeline import open_run
+
+    run = open_run(model, data=data, data_settings=_given(data_settings), out=out, allow_pickle=allow_pickle)
+    path = run.sample(count, steps=steps, seed=seed, trajectory=trajectory)
+    print(jsonlib.dumps({"images": str(path)}) if json else path)
+
+
 def trace(
     model: Positional[Path],
     /,
@@ -475,6 +510,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = {
         "demo": demo,
         "train": train,
+        "sample": sample,
         "trace": trace,
         "plan": plan,
         "self": self_,

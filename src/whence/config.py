@@ -116,13 +116,13 @@ class QuerySettings(ComputeSettings):
     timesteps: int | None = None
     """Timesteps of the query grid, evenly spaced on 1..T-1. By default 100 for tracin and retrac."""
     draws: int | None = None
-    """Noise draws at each timestep of the query grid: an even number, or 1 (then no reliability can be given). By
-    default 16 for tracin and retrac."""
+    """Noise draws at each timestep of the query grid, or step of a sampler: an even number, or 1 (then no reliability
+    can be given). By default 16 for tracin and retrac."""
     phases: int | None = None
     """Bins of query timesteps for which scores are kept apart, from least noise to most. By default 4."""
     damping: float | None = None
-    """Damping of methods that have one (trak, d-trak, das, relatif), in multiples of the mean eigenvalue. By default
-    chosen by generalised cross-validation over training images, without a look at the queries."""
+    """Damping of methods that have one (trak, journey-trak, d-trak, das, relatif), in multiples of the mean eigenvalue.
+    By default chosen by generalised cross-validation over training images, without a look at the queries."""
 
 
 @dataclass(frozen=True)

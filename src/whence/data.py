@@ -33,6 +33,8 @@ from whence._images import Pictures, ValueRange, decode, hash_pixels, hold_float
 from whence._sources import Items, abbreviate, as_text, checked_ids, find_images, warn_of_columns
 from whence.config import DataSettings
 from whence.errors import ConfigError, DataError
+from whence.trajectories import Trajectories
+from whence.trajectories import join as join_trajectories
 
 FORMAT_VERSION = 1  # of files written by save_arrays
 
@@ -71,6 +73,8 @@ class ImageData:
     """What the user gave."""
     _entries: tuple[tuple[Pictures, int], ...]
     """Where each image is: selecting and joining data sets copies no pixels."""
+    trajectories: Trajectories | None = None
+    """How a sampler came to these images, where that was kept."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -165,6 +169,7 @@ class ImageData:
             labels=take(self.labels),
             captions=take(self.captions),
             _entries=take(self._entries),
+            trajectories=self.trajectories and self.trajectories.select(rows),
         )
 
     def _checked(self, rows: Sequence[SupportsIndex] | ndarray) -> list[int]:
@@ -292,7 +297,7 @@ def open_images(source: str | Path, settings: DataSettings = _AS_THEY_ARE) -> Im
     - One image; its id is the file name.
     - A .parquet file, or a folder of such files, with a column of images.
     - A folder written by ``save_to_disk`` of Hugging Face ``datasets``.
-    - A .safetensors file written by ``save_arrays``; its values are kept exactly.
+    - A .safetensors file written by ``save_arrays``; its values are kept exactly, and so are trajectories in it.
     - "demo" and "demo-queries": images that come with whence.
 
     Of several splits the one named train is taken. A table without an id column has the ids row-0000000 and so on.
@@ -350,6 +355,7 @@ def concatenate(parts: Sequence[ImageData]) -> ImageData:
         captions=join("captions"),
         source=source,
         _entries=tuple(entry for part in parts for entry in part._entries),
+        trajectories=join_trajectories([part.trajectories for part in parts]),
     )
 
 
@@ -358,6 +364,7 @@ def save_arrays(
     pixels: ndarray,
     ids: Iterable[Any],
     labels: Iterable[Any] | None = None,
+    trajectories: Trajectories | None = None,
 ) -> None:
     """Write float images so that ``open_images`` gives the same values; the same images make the same bytes.
 
@@ -366,6 +373,7 @@ def save_arrays(
         pixels: As in ``ImageData.from_arrays``.
         ids: As in ``ImageData.from_arrays``.
         labels: As in ``ImageData.from_arrays``.
+        trajectories: How a sampler came to the images.
 
     Raises:
         DataError: If the suffix is another one, or pixels or ids cannot be used.
@@ -375,9 +383,14 @@ def save_arrays(
         raise DataError(f"{path} must end in .safetensors, by which open_images knows the format.")
     data = ImageData.from_arrays(pixels, ids, labels, source=str(path))
     # One entry, because the order of several differs from one writing to the next.
-    text = json.dumps({"format_version": FORMAT_VERSION, "ids": data.ids, "labels": data.labels})
+    about: dict[str, Any] = {"format_version": FORMAT_VERSION, "ids": data.ids, "labels": data.labels}
+    arrays = {"images": data.pixels(range(len(data)))}
+    if trajectories is not None:
+        _check_frames(trajectories, data)
+        about["trajectories"] = {"timesteps": trajectories.timesteps, "about": trajectories.about}
+        arrays["frames"] = np.ascontiguousarray(trajectories.frames)
     with publish_file(path) as partial:
-        save_file({"images": data.pixels(range(len(data)))}, partial, metadata={"whence": text})
+        save_file(arrays, partial, metadata={"whence": json.dumps(about)})
 
 
 def _open_arrays(path: Path, settings: DataSettings, source: str) -> ImageData:
@@ -385,6 +398,8 @@ def _open_arrays(path: Path, settings: DataSettings, source: str) -> ImageData:
         with safe_open(path, framework="numpy") as file:
             pixels, entry = file.get_tensor("images"), json.loads((file.metadata() or {})["whence"])
             version, ids, labels = entry["format_version"], entry["ids"], entry["labels"]
+            steps = entry.get("trajectories")
+            frames = None if steps is None else file.get_tensor("frames")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{source} is no readable file of images ({type(error).__name__}: {error}). It must have a tensor images "
@@ -403,7 +418,21 @@ def _open_arrays(path: Path, settings: DataSettings, source: str) -> ImageData:
             f"the settings ask for resolution {side} and grey {settings.grey}. Change the settings or the images."
         )
     warn_of_columns(settings, source)
-    return data
+    if frames is None or steps is None:
+        return data
+    try:
+        found = Trajectories(frames, tuple(steps["timesteps"]), tuple(steps["about"]))
+        _check_frames(found, data)
+    except (DataError, KeyError, TypeError) as error:
+        raise DataError(f"{source} has trajectories that cannot be used: {error}") from error
+    return replace(data, trajectories=found)
+
+
+def _check_frames(trajectories: Trajectories, data: ImageData) -> None:
+    rows, _, *size = trajectories.frames.shape
+    want = [len(data), data.channels, data.height, data.width]
+    if [rows, *size] != want:
+        raise DataError(f"Frames must be of {want} (images, channels, height, width), found {[rows, *size]}.")
 
 
 def _make(

@@ -17,7 +17,7 @@ from whence.data import ImageData
 from whence.diffusion.noise import Side, noise_key, normals_of_keys
 from whence.diffusion.process import NoiseProcess, even_timesteps
 from whence.errors import RecordError, check_choice
-from whence.methods.frame import Grid, Replay, ReplayedVisits, WeightsRule
+from whence.methods.frame import Grid, Replay, ReplayedVisits, Trajectory, WeightsRule
 from whence.record import Record, Visits
 from whence.recorder import flip_where
 
@@ -98,7 +98,13 @@ def make_batch(
 
 
 def grid_events(
-    images: ImageData, rows: Sequence[int], side: Side, grid: Grid, num_timesteps: int, seed: int
+    images: ImageData,
+    rows: Sequence[int],
+    side: Side,
+    grid: Grid,
+    num_timesteps: int,
+    seed: int,
+    points: range | None = None,
 ) -> EventTable:
     """List the events of a grid: for each row all timesteps in order, at each timestep all draws.
 
@@ -112,15 +118,62 @@ def grid_events(
         grid: Timesteps and draws.
         num_timesteps: Timesteps T of the noising process.
         seed: Seed of the noise.
+        points: Which of the timesteps, by their number; None: all.
 
     Returns:
         Events of weight 1, each image as it is (not mirrored).
     """
     timesteps = even_timesteps(1, num_timesteps - 1, grid.timesteps).tolist()
-    points = [(row, t, draw) for row in rows for t in timesteps for draw in range(grid.draws)]
-    keys = [noise_key(seed, "grid", side, images.ids[row], t, draw) for row, t, draw in points]
-    columns = np.array(points, dtype=np.int64).reshape(-1, 3)
+    chosen = timesteps if points is None else timesteps[points.start : points.stop]
+    events = [(row, t, draw) for row in rows for t in chosen for draw in range(grid.draws)]
+    keys = [noise_key(seed, "grid", side, images.ids[row], t, draw) for row, t, draw in events]
+    columns = np.array(events, dtype=np.int64).reshape(-1, 3)
     return _table(columns[:, 0], columns[:, 1], np.array(keys, dtype=np.uint64))
+
+
+def sample_events(
+    images: ImageData,
+    rows: Sequence[int],
+    side: Side,
+    events: Grid | Trajectory,
+    num_timesteps: int,
+    seed: int,
+    points: range,
+) -> tuple[ImageData, EventTable]:
+    """List the events of a grid or of trajectories: for each row all timesteps in order, at each timestep all draws.
+
+    Args:
+        images: Where the samples are, with their trajectories if events are on these.
+        rows: Which samples.
+        side: Whose noise is drawn.
+        events: Timesteps, or steps of a sampler, and draws.
+        num_timesteps: Timesteps T of the noising process.
+        seed: Seed of the noise.
+        points: Which of the timesteps, by their number.
+
+    Returns:
+        The images that are noised, and events of weight 1 that point into them. Those of a trajectory are what the
+        sampler took the image to be, with noise that depends on (seed, side, id, timestep, draw) alone.
+    """
+    if isinstance(events, Grid):
+        return images, grid_events(images, rows, side, events, num_timesteps, seed, points)
+    found = images.trajectories
+    assert found is not None  # checked where the queries are
+    chosen = found.timesteps[points.start : points.stop]
+    names = [images.ids[row] for row in rows]
+    frames = found.frames[list(rows), points.start : points.stop]
+    noised = ImageData.from_arrays(
+        frames.reshape(-1, *frames.shape[2:]), [f"{name} at step {t}" for name in names for t in chosen]
+    )
+    keys = [
+        noise_key(seed, "trajectory", side, name, t, draw)
+        for name in names
+        for t in chosen
+        for draw in range(events.draws)
+    ]
+    row = np.repeat(np.arange(len(noised)), events.draws)
+    timestep = np.tile(np.repeat(np.array(chosen, dtype=np.int64), events.draws), len(rows))
+    return noised, _table(row, timestep, np.array(keys, dtype=np.uint64))
 
 
 class Replays:

@@ -34,8 +34,8 @@ from whence.engine.capture import AbstractSink, Capture, Uncovered
 from whence.engine.check import check_against_autograd
 from whence.engine.sinks import DotSink, GatherSink, Layout, ProjectSink
 from whence.errors import ConfigError, NumericsError
-from whence.event_table import EventBatch, EventTable, grid_events, make_batch
-from whence.methods.frame import Grid
+from whence.event_table import EventBatch, EventTable, grid_events, make_batch, sample_events
+from whence.methods.frame import Grid, Trajectory
 from whence.precision import autocast, output_scale, tensor_float_32
 from whence.projections import AbstractProjection
 
@@ -160,7 +160,7 @@ class GradientSource:
         images: ImageData,
         rows: Sequence[int],
         side: Literal["train", "query"],
-        grid: Grid,
+        grid: Grid | Trajectory,
         families: Sequence[Family],
         *,
         phases: int,
@@ -168,6 +168,7 @@ class GradientSource:
         seed: int,
         update: Callable[[int], Any],
         out: Float[Tensor, "sample vector param"] | None = None,
+        points: range | None = None,
     ) -> list[GridVectors]:
         """Sum the gradients of samples over a grid of timesteps and draws.
 
@@ -175,13 +176,14 @@ class GradientSource:
             images: Where the samples are.
             rows: Which samples.
             side: Whose noise is drawn.
-            grid: Timesteps and draws.
+            grid: Timesteps, or steps of the samples' trajectories, and draws.
             families: Which sums.
             phases: Bins of timesteps that are kept apart.
             halves: Also keep sums over half of the draws; their number must be even.
             seed: Seed of the noise.
             update: Called with the number of events done.
             out: Where the sums go, if not into memory of their own; what was there is lost.
+            points: Sum over these timesteps of the grid alone, by their number, as if there were no others; None: all.
 
         Returns:
             One per sample.
@@ -194,16 +196,17 @@ class GradientSource:
         shape = (len(rows), num_rows, self.layout.num_params)
         sums = torch.empty(shape, dtype=self.dtype, device=self.device) if out is None else out
         sums.zero_()
-        norms = np.empty((len(rows), grid.timesteps))
+        points = range(grid.timesteps) if points is None else points
+        norms = np.empty((len(rows), len(points)))
         parts = 2 if halves else 1
-        for samples, steps, lengths, gradients in self._grid_points(images, rows, side, grid, parts, seed, update):
+        for samples, steps, lengths, gradients in self._grid_points(
+            images, rows, side, grid, parts, seed, update, points
+        ):
             norms[samples, steps] = lengths[:, 0].cpu().numpy()
             for sample in np.unique(samples):
                 first, after = np.searchsorted(samples, [sample, sample + 1])
-                phase_of_point = torch.from_numpy(steps[first:after] * phases // grid.timesteps)
-                factors = (
-                    sum_coefficients(lengths[first:after], phase_of_point, families, phases, halves) / grid.timesteps
-                )
+                phase_of_point = torch.from_numpy(steps[first:after] * phases // len(points))
+                factors = sum_coefficients(lengths[first:after], phase_of_point, families, phases, halves) / len(points)
                 sums[sample].addmm_(factors.flatten(1).to(sums), gradients[first * parts : after * parts])
         return [GridVectors(vectors, norm) for vectors, norm in zip(sums, norms, strict=True)]
 
@@ -260,7 +263,7 @@ class GradientSource:
         images: ImageData,
         rows: Sequence[int],
         side: Literal["train", "query"],
-        grid: Grid,
+        grid: Grid | Trajectory,
         projection: AbstractProjection,
         *,
         halves: bool,
@@ -273,7 +276,7 @@ class GradientSource:
             images: Where the samples are.
             rows: Which samples.
             side: Whose noise is drawn.
-            grid: Timesteps and draws.
+            grid: Timesteps, or steps of the samples' trajectories, and draws.
             projection: What to project with; made for this source's parameters.
             halves: Keep two halves of the draws apart; their number must be even.
             seed: Seed of the noise.
@@ -290,7 +293,9 @@ class GradientSource:
         shape = (len(rows), grid.timesteps, parts)
         projected = torch.zeros(*shape, projection.width, dtype=self.dtype, device=self.device)
         norms = np.empty((len(rows), grid.timesteps, 1 + parts))
-        for samples, steps, lengths, gradients in self._grid_points(images, rows, side, grid, parts, seed, update):
+        for samples, steps, lengths, gradients in self._grid_points(
+            images, rows, side, grid, parts, seed, update, range(grid.timesteps)
+        ):
             norms[samples, steps] = lengths.cpu().numpy()
             projected[samples, steps] = self.project(projection, gradients).unflatten(0, (-1, parts))
         return GridRows(projected, norms)
@@ -309,10 +314,11 @@ class GradientSource:
         images: ImageData,
         rows: Sequence[int],
         side: Literal["train", "query"],
-        grid: Grid,
+        grid: Grid | Trajectory,
         parts: int,
         seed: int,
         update: Callable[[int], Any],
+        points: range,
     ) -> Iterator[_Points]:
         """Take the gradients at the points of a grid, as many at once as fit into a batch and into memory.
 
@@ -325,10 +331,10 @@ class GradientSource:
             ConfigError: If the draws at one timestep do not fit into a batch.
         """
         self._check_batch_holds(grid.draws)
-        table = grid_events(images, rows, side, grid, self.process.num_timesteps, seed)
+        images, table = sample_events(images, rows, side, grid, self.process.num_timesteps, seed, points)
         points_per_batch = points_at_once(self.batch_size, grid, parts * self.gradient_bytes)
         buffer = torch.empty(points_per_batch * parts, self.layout.num_params, dtype=self.dtype, device=self.device)
-        for start in range(0, len(rows) * grid.timesteps, points_per_batch):
+        for start in range(0, len(rows) * len(points), points_per_batch):
             events = table.take(slice(start * grid.draws, (start + points_per_batch) * grid.draws))
             num_points = len(events) // grid.draws
             sink = GatherSink(self.layout, buffer[: num_points * parts], units_per_group=parts)
@@ -339,7 +345,7 @@ class GradientSource:
             if scale != 1:
                 sink.rows /= scale
             self._check_finite(lengths[:, 0].cpu().numpy(), events.take(slice(0, None, grid.draws)), images)
-            yield *np.divmod(np.arange(start, start + num_points), grid.timesteps), lengths, sink.rows
+            yield *np.divmod(np.arange(start, start + num_points), len(points)), lengths, sink.rows
             update(len(events))
 
     def _check_batch_holds(self, num_draws: int) -> None:
@@ -489,7 +495,7 @@ class GradientSource:
             )
 
 
-def points_at_once(batch_size: int, grid: Grid, point_bytes: int) -> int:
+def points_at_once(batch_size: int, grid: Grid | Trajectory, point_bytes: int) -> int:
     """Count the points of a grid whose draws fit into a batch, and whose gradients into ``GATHER_BYTES``."""
     return max(1, min(batch_size // grid.draws, GATHER_BYTES // point_bytes))
 

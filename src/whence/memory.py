@@ -23,7 +23,7 @@ from whence.config import GradientSettings
 from whence.errors import ConfigError
 from whence.event_table import grid_events
 from whence.gradients import GradientSource, points_at_once
-from whence.methods.frame import Grid
+from whence.methods.frame import Grid, Trajectory
 from whence.subject import Subject
 from whence.workload import Demand
 
@@ -187,7 +187,7 @@ def batch_bytes(demand: Demand, footprint: Footprint, batch_size: int) -> int:
     return max(needs)
 
 
-def _grid_bytes(grid: Grid, parts: int, footprint: Footprint, batch_size: int) -> int:
+def _grid_bytes(grid: Grid | Trajectory, parts: int, footprint: Footprint, batch_size: int) -> int:
     points = points_at_once(batch_size, grid, parts * footprint.gradient)
     return points * parts * footprint.gradient + footprint.summed(points * grid.draws)
 

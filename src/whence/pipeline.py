@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from numpy import ndarray
 
 from whence._files import publish_file, write_json
 from whence.attribution import trace
@@ -34,7 +35,7 @@ from whence.errors import ConfigError, DataError, RecordError, ScoresError, chec
 from whence.evaluation import retrieval_table
 from whence.event_table import EventBatch, EventTable, grid_events, make_batch
 from whence.indexing import Part, index
-from whence.methods import Baseline, GradientPlan, Grid, Method, method_by_name
+from whence.methods import Baseline, GradientPlan, Grid, Method, Trajectory, method_by_name
 from whence.plan import Plan, StoreShape, plan
 from whence.querying import query
 from whence.record import Record, read_manifest
@@ -47,6 +48,7 @@ from whence.store import Store
 from whence.store_spec import choose_store
 from whence.subject import Subject
 from whence.training import train
+from whence.trajectories import Trajectories
 
 FORMAT_VERSION = 1
 
@@ -278,6 +280,8 @@ class Run:
         process = self.subject.process
         if isinstance(plan.events, Grid):
             table = grid_events(self.train_images, rows, "train", plan.events, process.num_timesteps, seed)
+        elif isinstance(plan.events, Trajectory):
+            raise ConfigError("Trajectories are of queries, not of training images: these are replayed or on a grid.")
         else:
             self._check_recorded()
             checkpoints, replays = self.subject.checkpoints, self.subject.replays
@@ -295,8 +299,17 @@ class Run:
         if self.record is None:
             read_manifest(self.model / "record")  # raises, saying what is missing
 
-    def sample(self, count: int, *, steps: int = 50, seed: int = 0, show_progress: bool = True) -> Path:
+    def sample(
+        self, count: int, *, steps: int = 50, seed: int = 0, trajectory: bool = False, show_progress: bool = True
+    ) -> Path:
         """Sample images from the last checkpoint into ``generated/``; what is there already is not sampled again.
+
+        Args:
+            count: How many.
+            steps: Denoising steps of DDIM.
+            seed: Seed of the noise; the k-th image depends on it and k alone.
+            trajectory: Also keep what the sampler took each image to be at each step, as journey-trak needs it.
+            show_progress: Show a progress bar.
 
         Returns:
             A file that opens as images, with all its decimals.
@@ -307,10 +320,11 @@ class Run:
         if count < 1 or steps < 1:
             raise ConfigError(f"count and steps must be above 0; found {count} and {steps}.")
         last = self.subject.checkpoints[-1]
-        name = f"ddim{steps}-{count}-seed{seed}-step{last.step}-{last.content_hash()[:8]}.safetensors"
-        path = self.folder / "generated" / name
+        name = f"ddim{steps}-{count}-seed{seed}-step{last.step}-{last.content_hash()[:8]}"
+        path = self.folder / "generated" / f"{name}{'-trajectory' if trajectory else ''}.safetensors"
         if not path.exists():
             ids = [f"generated-{k}" for k in range(count)]
+            frames: dict[int, ndarray] = {}
             images = sample_images(
                 load_model(last, allow_pickle=self.allow_pickle),
                 load_scheduler(last),
@@ -318,8 +332,14 @@ class Run:
                 steps=steps,
                 seed=seed,
                 show_progress=show_progress,
+                keep=frames.__setitem__ if trajectory else None,
             )
-            save_arrays(path, images, ids, ["generated"] * count)
+            about = {"checkpoint_step": last.step, "checkpoint_sha256": last.content_hash()}
+            about |= {"sampler": "ddim", "eta": 0.0, "steps": steps, "seed": seed}
+            timesteps = tuple(sorted(frames))
+            kept = [frames[t] for t in timesteps]
+            path_taken = Trajectories(np.stack(kept, axis=1), timesteps, (about,) * count) if trajectory else None
+            save_arrays(path, images, ids, ["generated"] * count, path_taken)
         return path
 
     def load_scores(self, queries: ImageData | None = None) -> tuple[list[Scores], ImageData, dict[str, Any]]:

@@ -165,11 +165,14 @@ def _cache_bytes(load: Workload, turns: int, footprint: Footprint, rates: Rates)
     """Count the tiles of all checkpoints, and the gradient sums of queries at one where they are kept."""
     num_query, num_train = len(load.queries), len(load.subject.train)
     replayed = not isinstance(load.train_events, Grid)
-    per_method = num_query * num_train * (load.phases + 2 * load.halves) + turns * num_train * (3 if replayed else 2)
-    blocks = -(-num_train // load.settings.block_size)
+    per_query, per_turn = load.phases_at_once + 2 * load.halves, 4 if replayed else 3
+    meetings = len(load.meetings)
+    per_method = meetings * num_train * (num_query * per_query + turns * per_turn)
+    blocks = -(-num_train // (load.settings.block_size * meetings))
     tiles = 8 * (len(load.methods) * per_method + blocks * num_query * load.query_grid.timesteps)
-    kept = load.query_grid.timesteps * load.query_grid.draws * rates.query_s > WORTH_KEEPING_S
-    return len(load.checkpoints) * tiles + kept * num_query * load.vectors_per_query * footprint.gradient
+    kept = len(load.meetings[0]) * load.query_grid.draws * rates.query_s > WORTH_KEEPING_S
+    sums = meetings * num_query * load.vectors_per_query * footprint.gradient
+    return len(load.checkpoints) * tiles + kept * sums
 
 
 def _store_bytes(load: Workload, shape: StoreShape) -> int:
@@ -241,12 +244,13 @@ def _query_batches(load: Workload, source: GradientSource, update: Callable[[int
         load.queries,
         [0],
         "query",
-        replace(grid, timesteps=min(grid.timesteps, points)),
+        grid,
         load.query_families,
-        phases=load.phases,
+        phases=load.phases_at_once,
         halves=load.halves,
         seed=load.settings.seed,
         update=update,
+        points=range(min(grid.timesteps, points)),
     )
 
 

@@ -116,7 +116,7 @@ class _Decomposition:
     def ridge(self) -> Ridge:
         """The decomposition."""
         width, path = self.shards[0].read("rows").shape[1], self.folder / "ridge.safetensors"
-        num_samples = sum(len(shard.ids) for shard in self.shards)
+        num_samples = sum(sum(s.row_counts) if self.reading.meet_at else len(s.ids) for s in self.shards)
         if not path.exists():
             made = Ridge.of(self._blocks, num_samples, width)
             write_arrays(path, {"eigenvalues": made.eigenvalues.numpy(), "basis": made.basis.numpy()})

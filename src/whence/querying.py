@@ -29,7 +29,7 @@ from whence.data import ImageData
 from whence.errors import ConfigError, StoreError
 from whence.gradients import GradientSource, sum_coefficients
 from whence.indexing import content_hashes
-from whence.methods.frame import Baseline, Method, RidgeInverse
+from whence.methods.frame import Baseline, Method, RidgeInverse, Trajectory
 from whence.preconditioning import Preconditioner, factors_after, prepare_preconditioner
 from whence.progress import progress_bar
 from whence.projections import AbstractProjection, canonical_name
@@ -142,9 +142,9 @@ _Shared = tuple[Reading, RidgeInverse] | None
 
 @dataclass(frozen=True)
 class _Vectors:
-    """The projected sums of some queries at one checkpoint."""
+    """The projected sums of some queries at one checkpoint, over all timesteps or at each where rows meet them."""
 
-    vectors: Float[Tensor, "query vector width"]
+    vectors: Float[Tensor, "meeting query vector width"]
     lengths: Float64[ndarray, "query length"]
     """Of each query's whole sum and of its halves, in the family ``none``."""
     norms: Float64[ndarray, "query timestep"]
@@ -157,11 +157,14 @@ class _StoredPass:
     def __init__(self, work: Workload, store: Store, cache: Path, show_progress: bool):
         self.work, self.store, self.cache, self.show_progress = work, store, cache, show_progress
         self.steps = [c.step for c in work.checkpoints]
-        self.readings = {method: _reading(store, method) for method in work.methods}
+        timesteps = tuple(work.query_timesteps.tolist()) if work.is_matched else ()
+        self.readings = {method: replace(_reading(store, method), meet_at=timesteps) for method in work.methods}
         self._preconditioners: dict[tuple[Method, int], Preconditioner] = {}
+        on_path = isinstance(work.query_grid, Trajectory) and work.queries.trajectories
+        contents = on_path.hashes if on_path else content_hashes(work.queries)
         self.keys = [
             sha256_of_json([store.spec_sha256, query_id, content, vars(work.query_grid), work.outputs[1]])[:16]
-            for query_id, content in zip(work.queries.ids, content_hashes(work.queries), strict=True)
+            for query_id, content in zip(work.queries.ids, contents, strict=True)
         ]
 
     def scores(self) -> list[Scores]:
@@ -170,9 +173,9 @@ class _StoredPass:
         results = {method: _Result(self.work) for method in self.work.methods}
         groups = group_shards(self.store, self.steps)
         self._check_ids(groups)
-        for rows in self.work.split_queries(self.store.width * len(self.steps), VECTOR_BYTES):
+        for rows in self._turns():
             vectors = {step: self._vectors(step, rows) for step in self.steps}
-            multipliers = {step: self._multipliers(step, v.vectors.flatten(0, 1)) for step, v in vectors.items()}
+            multipliers = {step: self._multipliers(step, v.vectors.flatten(1, 2)) for step, v in vectors.items()}
             for shard in (shard for group in groups for shard in group):
                 self._add_shard(shard, rows, vectors[shard.step], multipliers[shard.step], results)
         return [replace(r.finish(m), details=self._describe(m)) for m, r in results.items()]
@@ -185,7 +188,7 @@ class _StoredPass:
 
     def _top_of_method(self, method: Method, k: int) -> TopScores:
         entries: list[tuple[TopEntry, ...]] = []
-        for rows in self.work.split_queries(self.store.width * len(self.steps), VECTOR_BYTES):
+        for rows in self._turns():
             whole = {
                 step: self._precondition(method, step, self._whole_vectors(self._vectors(step, rows), method))
                 for step in self.steps
@@ -198,11 +201,18 @@ class _StoredPass:
                 entries.append(tuple(TopEntry(rank, *rest) for rank, rest in ranked))
         return TopScores(method.name, self.work.queries.ids, tuple(entries), details=self._describe(method))
 
-    def _whole_vectors(self, made: _Vectors, method: Method) -> Float[Tensor, "query width"]:
+    def _turns(self) -> list[range]:
+        width = self.store.width * len(self.steps) * len(self.work.meetings)
+        return self.work.split_queries(width, VECTOR_BYTES)
+
+    def _whole_vectors(self, made: _Vectors, method: Method) -> Float[Tensor, "meeting query width"]:
         """Sum a method's family over all phases: the products of the identity with the vectors, read off as scores."""
-        vectors = made.vectors.permute(2, 0, 1).double().numpy()  # width in the place of training images
-        by_phase, _ = split_products(self.work, method, vectors, made.lengths)
-        return torch.from_numpy(by_phase.sum(1)).to(made.vectors)
+        whole = []
+        for vectors in made.vectors:
+            products = vectors.permute(2, 0, 1).double().numpy()  # width in the place of training images
+            by_phase, _ = split_products(self.work, method, products, made.lengths)
+            whole.append(torch.from_numpy(by_phase.sum(1)))
+        return torch.stack(whole).to(made.vectors)
 
     def _add_shard(
         self,
@@ -212,18 +222,19 @@ class _StoredPass:
         multipliers: Mapping[_Shared, Multiplier],
         results: dict[Method, "_Result"],
     ) -> None:
-        arrays = shard.read_all()
-        products: dict[tuple[_Shared, str], Float[Tensor, "row vector"]] = {}
+        arrays, columns = shard.read_all(), self.work.subject.train.rows(shard.ids)
+        sample, number = arrays["sample"], self.steps.index(shard.step)
+        products: dict[tuple[_Shared, str, int], Float[Tensor, "row vector"]] = {}
         for method, reading in self.readings.items():
-            key = self._shared(method), reading.rows
-            if key not in products:
-                products[key] = multipliers[key[0]].multiply(arrays[reading.rows])
-            sums = sum_by_sample(products[key], arrays["sample"], reading.factors(arrays), len(shard.ids))
-            sums *= self._factors_after(method, shard, arrays)[:, None]
-            sums = sums.reshape(len(shard.ids), len(rows), -1)
-            columns = self.work.subject.train.rows(shard.ids)
-            number = self.steps.index(shard.step)
-            results[method].add(rows, columns, *split_products(self.work, method, sums, made.lengths))
+            factors, after = reading.factors(arrays), self._factors_after(method, shard, arrays)[:, None]
+            for k, met in enumerate(reading.meetings(arrays)):
+                key = self._shared(method), reading.rows, k
+                if key not in products:
+                    products[key] = multipliers[key[0]].multiply(arrays[reading.rows][met], k)
+                sums = sum_by_sample(products[key], sample[met], factors[met], len(shard.ids)) * after
+                sums = sums.reshape(len(shard.ids), len(rows), -1)
+                split = split_products(self.work, method, sums, made.lengths)
+                results[method].add(rows, columns, self.work.phases_of(self.work.meetings[k]), *split)
             results[method].add_facts(number, columns, arrays, reading)
             results[method].facts[number]["query_norms"][rows.start : rows.stop] = made.norms
 
@@ -231,16 +242,18 @@ class _StoredPass:
         plan = method.precondition
         return (self.readings[method], plan) if isinstance(plan, RidgeInverse) else None
 
-    def _multipliers(self, step: int, vectors: Float[Tensor, "vector width"]) -> dict[_Shared, Multiplier]:
+    def _multipliers(self, step: int, vectors: Float[Tensor, "meeting vector width"]) -> dict[_Shared, Multiplier]:
         """Make one multiplier for all methods of one preconditioner."""
         methods = {self._shared(method): method for method in self.work.methods}
         return {key: Multiplier(self._precondition(method, step, vectors)) for key, method in methods.items()}
 
     def _precondition(
-        self, method: Method, step: int, vectors: Float[Tensor, "vector width"]
-    ) -> Float[Tensor, "vector width"]:
+        self, method: Method, step: int, vectors: Float[Tensor, "meeting vector width"]
+    ) -> Float[Tensor, "meeting vector width"]:
         found = self._preconditioner(method, step)
-        return vectors if found is None else found.ridge.solve(vectors, found.damping)
+        if found is None:
+            return vectors
+        return found.ridge.solve(vectors.flatten(0, 1), found.damping).view_as(vectors)
 
     def _preconditioner(self, method: Method, step: int) -> Preconditioner | None:
         if method.precondition is None:
@@ -264,18 +277,25 @@ class _StoredPass:
 
     def _vectors(self, step: int, rows: range) -> _Vectors:
         """Sum what is kept of some queries over the timesteps."""
-        work, grid = self.work, self.work.query_grid
-        phase_of_point = torch.arange(grid.timesteps) * work.phases // grid.timesteps
+        work = self.work
         vectors, lengths, norms = [], [], []
         for row in rows:
             arrays = read_arrays(self._path(step, row))
             found = torch.from_numpy(arrays["norms"]).double()  # timestep, length
             parts = _from_bits(arrays["rows"]) * found[:, 1:, None].float()  # timestep, part, width
-            factors = sum_coefficients(found, phase_of_point, work.query_families, work.phases, work.halves)
-            vectors.append((factors / grid.timesteps).flatten(1).float() @ parts.flatten(0, 1))
-            lengths.append(sample_lengths(work, vectors[-1]))
+            vectors.append(torch.stack([self._sum(parts, found, points) for points in work.meetings]))
+            lengths.append(sample_lengths(work, vectors[-1][0]))
             norms.append(arrays["norms"][:, 0].astype(np.float64))
-        return _Vectors(torch.stack(vectors), np.array(lengths), np.stack(norms))
+        return _Vectors(torch.stack(vectors, dim=1), np.array(lengths), np.stack(norms))
+
+    def _sum(
+        self, parts: Float[Tensor, "timestep part width"], lengths: Float64[Tensor, "timestep length"], points: range
+    ) -> Float[Tensor, "vector width"]:
+        """Sum a query's gradients over some timesteps, as if there were no others."""
+        some, count, phases = slice(points.start, points.stop), len(points), self.work.phases_at_once
+        phase_of_point = torch.arange(count) * phases // count
+        factors = sum_coefficients(lengths[some], phase_of_point, self.work.query_families, phases, self.work.halves)
+        return (factors / count).flatten(1).float() @ parts[some].flatten(0, 1)
 
     def _path(self, step: int, row: int) -> Path:
         return self.cache / self.keys[row] / f"{step:08d}.safetensors"
@@ -369,9 +389,9 @@ class _Result:
             for _ in work.checkpoints
         ]
 
-    def add(self, rows: range, columns: list[int], phases: ndarray, halves: ndarray | None) -> None:
-        """Add the contribution of a shard to some queries."""
-        self.totals["phases"][rows.start : rows.stop, :, columns] += phases
+    def add(self, rows: range, columns: list[int], where: slice, phases: ndarray, halves: ndarray | None) -> None:
+        """Add the contribution of a shard to some queries, in some phases."""
+        self.totals["phases"][rows.start : rows.stop, where, columns] += phases
         if halves is not None:
             self.totals["halves"][:, rows.start : rows.stop, columns] += halves
 

@@ -13,7 +13,7 @@ with ``weight`` and ``norm`` columns of the store, or 1. :class:`Reading` says w
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from whence._store_checks import name_ids
+from whence.diffusion.process import nearest_timesteps
 from whence.errors import ConfigError, StoreError
 from whence.shards import Shard
 from whence.store import Store
@@ -43,6 +44,15 @@ class Reading:
 
     unit_samples: bool = False
     """Bring the weighted mean of each sample's rows to length 1; its length is that of the projected mean."""
+    meet_at: tuple[int, ...] = ()
+    """Ascending timesteps, each with vectors of its own, which the rows nearest to it meet; (): all meet the same."""
+
+    def meetings(self, arrays: Mapping[str, ndarray]) -> list[slice | ndarray]:
+        """Say which rows of a shard meet the vectors of each timestep; one entry for all where there are none."""
+        if not self.meet_at:
+            return [slice(None)]
+        point = nearest_timesteps(np.array(self.meet_at), arrays["timestep"])
+        return [np.flatnonzero(point == k) for k in range(len(self.meet_at))]
 
     def factors(self, arrays: Mapping[str, ndarray]) -> Float64[ndarray, " row"]:
         """Give the factor of each row of a shard."""
@@ -57,8 +67,11 @@ class Reading:
         total = np.bincount(sample, weights, num_samples)
         return factors * np.divide(total, lengths, out=np.zeros(num_samples), where=lengths > 0)[sample]
 
-    def sums(self, arrays: Mapping[str, ndarray], num_samples: int) -> Float[Tensor, "sample width"]:
-        """Add up the rows of each sample of a shard, each times its factor."""
+    def sums(self, arrays: Mapping[str, ndarray], num_samples: int) -> Float[Tensor, "sample_or_row width"]:
+        """Add up the rows of each sample of a shard, each times its factor; rows that meet apart stay apart."""
+        if self.meet_at:
+            alone = replace(self, weights=None).factors(arrays)
+            return _sum_rows(arrays[self.rows], np.arange(len(alone)), alone, len(alone))
         return _sum_rows(arrays[self.rows], arrays["sample"], self.factors(arrays), num_samples)
 
 
@@ -75,23 +88,25 @@ class Multiplier:
     """Multiplies rows of any shard with the same vectors.
 
     Args:
-        vectors: In the type in which products are taken, on the device where they are.
+        vectors: In the type in which products are taken, on the device where they are; one block of them, or one for
+            each meeting of a :class:`Reading`.
     """
 
-    def __init__(self, vectors: Float[Tensor, "vector width"]):
-        self.columns = vectors.T.contiguous()
-        width = vectors.shape[1]
+    def __init__(self, vectors: Float[Tensor, "*meeting vector width"]):
+        width = vectors.shape[-1]
+        self.columns = vectors.view(-1, *vectors.shape[-2:]).transpose(1, 2).contiguous()
         at_once = max(1, BUFFER_BYTES // (width * vectors.element_size()))
         self.buffer = vectors.new_empty(at_once, width)
 
-    def multiply(self, rows: Shaped[ndarray, "row width"]) -> Float[Tensor, "row vector"]:
+    def multiply(self, rows: Shaped[ndarray, "row width"], meeting: int = 0) -> Float[Tensor, "row vector"]:
         """Give the inner products of rows, which may be read-only and in half precision, with all vectors."""
-        products = self.columns.new_empty(len(rows), self.columns.shape[1])
+        columns = self.columns[meeting]
+        products = columns.new_empty(len(rows), columns.shape[1])
         found = _as_tensor(rows)
         for start in range(0, len(rows), len(self.buffer)):
             block = self.buffer[: min(len(self.buffer), len(rows) - start)]
             block.copy_(found[start : start + len(block)])
-            torch.mm(block, self.columns, out=products[start : start + len(block)])
+            torch.mm(block, columns, out=products[start : start + len(block)])
         return products
 
 
@@ -149,7 +164,7 @@ def group_shards(store: Store, steps: Sequence[int]) -> list[list[Shard]]:
 
 def top_of_store(
     store: Store,
-    vectors: Mapping[int, Float[Tensor, "vector width"]],
+    vectors: Mapping[int, Float[Tensor, "*meeting vector width"]],
     reading: Reading,
     k: int,
     *,
@@ -160,7 +175,7 @@ def top_of_store(
 
     Args:
         store: The store; its shards are taken as checked.
-        vectors: The vectors of each step.
+        vectors: The vectors of each step, for each meeting of the rows.
         reading: Which rows, with which factors.
         k: How many.
         after: Gives what the values of a shard's samples are multiplied with, from the shard and its arrays.
@@ -197,9 +212,10 @@ def _values(
     after: Callable[[Shard, Mapping[str, ndarray]], Float64[ndarray, " sample"]] | None,
 ) -> Float64[ndarray, "sample vector"]:
     arrays = shard.read_all()
-    sums = sum_by_sample(
-        multiplier.multiply(arrays[reading.rows]), arrays["sample"], reading.factors(arrays), len(shard.ids)
-    )
+    sample, factors, rows = arrays["sample"], reading.factors(arrays), arrays[reading.rows]
+    sums = np.zeros((len(shard.ids), multiplier.columns.shape[2]))
+    for k, met in enumerate(reading.meetings(arrays)):
+        sums += sum_by_sample(multiplier.multiply(rows[met], k), sample[met], factors[met], len(shard.ids))
     return sums if after is None else sums * after(shard, arrays)[:, None]
 
 

@@ -1,5 +1,6 @@
 """Sampling images from a model, reproducibly: each from the noise of its own key."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,14 @@ from whence.progress import progress_bar
 
 
 def sample_images(
-    model: Any, scheduler: Any, ids: list[str], *, steps: int = 50, seed: int = 0, show_progress: bool = True
+    model: Any,
+    scheduler: Any,
+    ids: list[str],
+    *,
+    steps: int = 50,
+    seed: int = 0,
+    show_progress: bool = True,
+    keep: Callable[[int, Float32[ndarray, "sample channel height width"]], Any] | None = None,
 ) -> Float32[ndarray, "sample channel height width"]:
     """Sample with DDIM (eta = 0), so that an image depends on the model and its noise key alone.
 
@@ -24,6 +32,7 @@ def sample_images(
         steps: Denoising steps.
         seed: Seed of the noise.
         show_progress: Show a progress bar.
+        keep: Called at each step with its timestep and what the sampler takes the images to be, clipped to [-1, 1].
 
     Returns:
         Images clipped to [-1, 1], never rounded to 8 bit.
@@ -40,6 +49,9 @@ def sample_images(
     with torch.no_grad(), progress_bar("sample", steps, "step", shown=show_progress) as bar:
         for timestep in ddim.timesteps:
             noise = predict(model, images, timestep.expand(len(ids)).to(model.device))
-            images = ddim.step(noise, timestep, images, eta=0.0).prev_sample
+            made = ddim.step(noise, timestep, images, eta=0.0)
+            images = made.prev_sample
+            if keep is not None:
+                keep(int(timestep), np.clip(made.pred_original_sample.cpu().numpy(), -1, 1))
             bar.update()
     return np.clip(images.cpu().numpy(), -1, 1)

@@ -196,6 +196,8 @@ def check_serves(store: Store, method: Method, subject: Subject) -> None:
         )
     if method.train.events != events:
         lacking.append(f"it needs {method.train.events} of each training image, the store holds {events}")
+    if method.meet == "timesteps" and plan["keep"] == "sum":
+        lacking.append("it needs a row at each timestep, the store holds their sums")
     if method.train.output != plan["output"]:
         lacking.append(f"it needs gradients of {method.train.output}, the store holds those of {plan['output']}")
     if needed - held:

@@ -3,11 +3,13 @@
 At each checkpoint the queries' gradients come first, then one pass over the training events, whose gradients meet the
 queries' layer by layer and are dropped. What is finished lies in a cache until the scores are written:
 
-    <step>/query-<row>.safetensors            gradient sums of one query, if they took long; removed in the end
+    <step>/query-<point>-<row>.safetensors    gradient sums of one query, if they took long; removed in the end
     <step>/tile-<turn>-<row>.safetensors      contributions of a block of training images to the queries of one turn
     <step>/done.json                          names of the tiles, once they are all there
 
-A run that was killed goes on from these. Methods that need the same gradients share one pass.
+A run that was killed goes on from these. Methods that need the same gradients share one pass. Where both sides meet
+timestep by timestep, each timestep of the queries has turns of its own, with the training gradients at that timestep:
+no gradient is taken twice, and no more is held at once than for sums.
 """
 
 import json
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from torch import Tensor
 
 from whence._array_files import read_arrays, write_arrays
 from whence._files import sha256_of_json, write_json
-from whence.assembly import inverse, make_scores, sample_lengths, split_products
+from whence.assembly import inverse, join_meetings, make_scores, sample_lengths, split_products
 from whence.checkpoints import Checkpoint
 from whence.errors import InUseError
 from whence.gradients import GradientSource
@@ -63,9 +66,11 @@ def claim(cache: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Turn:
-    """The gradient sums of as many queries as fit into memory."""
+    """The gradient sums of as many queries as fit into memory, over the timesteps that meet the training side."""
 
     index: int
+    points: range
+    """Which timesteps of the query grid."""
     num_queries: int
     vectors: Float[Tensor, "vector param"]
     """Those of all the queries, one after the other."""
@@ -120,8 +125,8 @@ class StreamingPass:
         precondition = self._preconditioner(source, checkpoint, bar)
         turns = self.work.split_queries(source.layout.num_params, self.query_bytes)
         bar.total = self.work.num_passes(len(turns))
-        for index, rows in enumerate(turns):
-            self._run_turn(source, checkpoint, precondition, index, rows, bar)
+        for index, (points, rows) in enumerate(product(self.work.meetings, turns)):
+            self._run_turn(source, checkpoint, precondition, index, points, rows, bar)
         for path in folder.glob("query-*"):
             path.unlink()
         write_json(folder / "done.json", sorted(path.name for path in folder.glob("tile-*")))
@@ -151,22 +156,29 @@ class StreamingPass:
         checkpoint: Checkpoint,
         precondition: Callable[[Float[Tensor, "vector param"]], Any] | None,
         index: int,
+        points: range,
         rows: range,
         bar: Any,
     ) -> None:
         """Take some queries through all training images; their gradients are let go before the next turn."""
-        folder = self._folder(checkpoint)
+        folder, num_train = self._folder(checkpoint), len(self.subject.train)
+        # Of one timestep of many, that many more images, so that a tile is as much work.
+        size = self.settings.block_size * len(self.work.meetings)
+        blocks = [range(start, min(start + size, num_train)) for start in range(0, num_train, size)]
+        tiles = {folder / f"tile-{index:06d}-{block.start:08d}.safetensors": block for block in blocks}
+        if all(path.exists() for path in tiles):
+            query = len(rows) * len(points) * self.work.query_grid.draws
+            bar.update(query + self.work.num_events(checkpoint, range(num_train), points))
+            return
         bar.set_description_str(f"{f'queries at {checkpoint.step}':<24}")
-        turn = self._make_turn(source, folder, index, rows, bar.update)
+        turn = self._make_turn(source, folder, index, points, rows, bar.update)
         if precondition is not None:
             for vectors in turn.vectors.split(self.work.vectors_per_query):
                 precondition(vectors)
         bar.set_description_str(f"{f'training at {checkpoint.step}':<24}")
-        for start in range(0, len(self.subject.train), self.settings.block_size):
-            block = range(start, min(start + self.settings.block_size, len(self.subject.train)))
-            path = folder / f"tile-{index:06d}-{start:08d}.safetensors"
+        for path, block in tiles.items():
             if path.exists():
-                bar.update(self.work.num_events(checkpoint, block))
+                bar.update(self.work.num_events(checkpoint, block, points))
             else:
                 write_arrays(path, self._tile(source, checkpoint, turn, block, bar.update))
 
@@ -177,26 +189,35 @@ class StreamingPass:
         return all((folder / name).exists() for name in json.loads((folder / "done.json").read_text()))
 
     def _make_turn(
-        self, source: GradientSource, folder: Path, index: int, rows: range, update: Callable[[int], Any]
+        self,
+        source: GradientSource,
+        folder: Path,
+        index: int,
+        points: range,
+        rows: range,
+        update: Callable[[int], Any],
     ) -> _Turn:
         # Made where they stay: a copy of them would take as much memory again.
         vectors = source.no_vectors().new_empty(len(rows), self.work.vectors_per_query, source.layout.num_params)
-        norms = np.stack([self._query_vectors(source, folder, row, vectors[k], update) for k, row in enumerate(rows)])
+        norms = np.stack(
+            [self._query_vectors(source, folder, row, points, vectors[k], update) for k, row in enumerate(rows)]
+        )
         lengths = np.array([sample_lengths(self.work, v) for v in vectors])
-        return _Turn(index, len(rows), vectors.flatten(0, 1), lengths, norms)
+        return _Turn(index, points, len(rows), vectors.flatten(0, 1), lengths, norms)
 
     def _query_vectors(
         self,
         source: GradientSource,
         folder: Path,
         row: int,
+        points: range,
         vectors: Float[Tensor, "vector param"],
         update: Callable[[int], Any],
     ) -> Float64[ndarray, " timestep"]:
         """Put a query's gradient sums into ``vectors``; give their lengths at each timestep."""
-        path = folder / f"query-{row:06d}.safetensors"
+        path = folder / f"query-{points.start:06d}-{row:06d}.safetensors"
         if path.exists():
-            update(self.work.query_grid.timesteps * self.work.query_grid.draws)
+            update(len(points) * self.work.query_grid.draws)
             arrays = read_arrays(path)
             vectors.copy_(torch.from_numpy(arrays["vectors"]))
             return arrays["norms"]
@@ -207,11 +228,12 @@ class StreamingPass:
             "query",
             self.work.query_grid,
             self.work.query_families,
-            phases=self.work.phases,
+            phases=self.work.phases_at_once,
             halves=self.work.halves,
             seed=self.settings.seed,
             update=update,
             out=vectors[None],
+            points=points,
         )
         if time.monotonic() - started_s > WORTH_KEEPING_S:
             write_arrays(path, {"vectors": vectors.cpu().numpy(), "norms": made.norms})
@@ -224,7 +246,7 @@ class StreamingPass:
         products_of = self._replayed if isinstance(self.work.train_events, Replay) else self._gridded
         source = source.of(self.work.outputs[0])
         arrays = {"query_norms": turn.norms}
-        for method, products, facts in products_of(source, checkpoint, turn.vectors, block, update):
+        for method, products, facts in products_of(source, checkpoint, turn, block, update):
             products = products.reshape(len(block), turn.num_queries, -1)
             facts["phases"], halves = split_products(self.work, method, products, turn.lengths)
             arrays |= {f"{method.name}.{name}": array for name, array in facts.items()}
@@ -236,41 +258,43 @@ class StreamingPass:
         self,
         source: GradientSource,
         checkpoint: Checkpoint,
-        vectors: Float[Tensor, "vector param"],
+        turn: _Turn,
         block: range,
         update: Callable[[int], Any],
     ) -> Iterator[_Products]:
         """Give, for each method, the weighted products of replayed events, added up by training image."""
         table = rows_between(self.work.replayed_events(checkpoint, self.methods[0].weights), block)
-        dots, norms = source.dots(table, self.subject.train, vectors, update)
-        image = table.row - block.start
-        rms = rms_by_image(image, norms, len(block))
+        image, met = table.row - block.start, self.work.meets(table, turn.points)
+        dots, norms = source.dots(table.take(met), self.subject.train, turn.vectors, update)
+        counts = np.bincount(image[met], minlength=len(block)).astype(np.float64)
         timesteps = np.full(len(block), -1, dtype=np.int64)
         timesteps[image] = table.timestep  # events are in order of step, so the last visit stays
+        facts = {"train_norms": rms_by_image(image[met], norms, len(block)), "train_counts": counts}
         for method in self.methods:
             weight = rows_between(self.work.replayed_events(checkpoint, method.weights), block).weight
-            factor = weight * (inverse(norms) if method.train.unit == "event" else 1.0)
+            factor = weight[met] * (inverse(norms) if method.train.unit == "event" else 1.0)
             products = np.zeros((len(block), dots.shape[1]))
-            np.add.at(products, image, factor[:, None] * dots)
+            np.add.at(products, image[met], factor[:, None] * dots)
             weights = np.bincount(image, weight, len(block)).astype(np.float64)  # int64 where there is no event
-            yield method, products, {"train_norms": rms, "train_timesteps": timesteps, "train_weights": weights}
+            yield method, products, facts | {"train_timesteps": timesteps, "train_weights": weights}
 
     def _gridded(
         self,
         source: GradientSource,
         checkpoint: Checkpoint,
-        vectors: Float[Tensor, "vector param"],
+        turn: _Turn,
         block: range,
         update: Callable[[int], Any],
     ) -> Iterator[_Products]:
-        """Give, for each method, the weighted products of gradients summed over a grid."""
-        grid = self.work.train_events
+        """Give, for each method, the weighted products of gradients summed over a grid, or at one timestep of it."""
+        grid, vectors = self.work.train_events, turn.vectors
         assert isinstance(grid, Grid)
+        points = turn.points if self.work.is_matched else range(grid.timesteps)
         families = self.work.train_families
         products = np.empty((len(families), len(block), len(vectors)))
         lengths = np.empty((len(families), len(block)))
         rms = np.empty(len(block))
-        at_once = max(1, source.batch_size // (grid.timesteps * grid.draws))
+        at_once = max(1, source.batch_size // (len(points) * grid.draws))
         for first in range(0, len(block), at_once):
             some = list(block[first : first + at_once])
             made = source.grid_vectors(
@@ -283,6 +307,7 @@ class StreamingPass:
                 halves=False,
                 seed=self.settings.seed,
                 update=update,
+                points=points,
             )
             here = slice(first, first + len(some))
             gradients = torch.stack([m.vectors for m in made], dim=1)  # family, train, param
@@ -293,7 +318,9 @@ class StreamingPass:
             family = families.index(family_of(method.train.unit))
             weight = self.work.grid_weight(checkpoint, method.weights)
             factor = weight * (inverse(lengths[family]) if method.train.unit == "sample" else np.ones(len(block)))
+            factor /= len(self.work.meetings)  # sums over the grid are means already
             facts = {"train_norms": rms, "train_weights": np.full(len(block), weight)}
+            facts["train_counts"] = np.full(len(block), float(len(points)))
             yield method, products[family] * factor[:, None], facts
 
     def _assemble(self, method: Method) -> Scores:
@@ -304,19 +331,25 @@ class StreamingPass:
         return make_scores(self.work, method, totals, joined)
 
     def _join(self, checkpoint: Checkpoint, method: Method) -> dict[str, ndarray]:
-        folder = self._folder(checkpoint)
-        turns: dict[str, list[dict[str, ndarray]]] = {}
-        for path in sorted(folder.glob("tile-*.safetensors")):
-            turns.setdefault(path.name.split("-")[1], []).append(read_arrays(path))
+        turns: dict[str, list[Path]] = {}
+        for path in sorted(self._folder(checkpoint).glob("tile-*.safetensors")):
+            turns.setdefault(path.name.split("-")[1], []).append(path)
+        tiles, at_once = list(turns.values()), len(turns) // len(self.work.meetings)
+        parts = (self._join_turns(tiles[k : k + at_once], method) for k in range(0, len(tiles), at_once))
+        return join_meetings(self.work, parts) if self.work.is_matched else next(parts)
+
+    @staticmethod
+    def _join_turns(paths: list[list[Path]], method: Method) -> dict[str, ndarray]:
+        turns = [[read_arrays(path) for path in tiles] for tiles in paths]
         prefix = f"{method.name}."
         joined: dict[str, ndarray] = {}
-        for name in [n.removeprefix(prefix) for n in next(iter(turns.values()))[0] if n.startswith(prefix)]:
-            per_turn = [np.concatenate([tile[prefix + name] for tile in tiles], axis=-1) for tiles in turns.values()]
+        for name in [n.removeprefix(prefix) for n in turns[0][0] if n.startswith(prefix)]:
+            per_turn = [np.concatenate([tile[prefix + name] for tile in tiles], axis=-1) for tiles in turns]
             if name in ("phases", "halves"):
                 joined[name] = np.concatenate(per_turn, axis=0 if name == "phases" else 1)
             else:
                 joined[name] = per_turn[0]
-        joined["query_norms"] = np.concatenate([tiles[0]["query_norms"] for tiles in turns.values()])
+        joined["query_norms"] = np.concatenate([tiles[0]["query_norms"] for tiles in turns])
         return joined
 
 

@@ -4,25 +4,31 @@ The pass itself, its bound on memory and the plan of it all count here, so that 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from jaxtyping import Bool, Int64
+from numpy import ndarray
 
 from whence.checkpoints import Checkpoint
 from whence.config import OutputName, TraceSettings
 from whence.data import ImageData
+from whence.diffusion.process import even_timesteps, nearest_timesteps
 from whence.errors import ConfigError, check_choice
 from whence.event_table import EventTable, Replays
 from whence.gradients import Family, num_vectors
 from whence.methods.frame import (
     After,
+    Baseline,
     BeforeProjection,
     Grid,
     KroneckerInverse,
+    Meet,
     Method,
     Replay,
     RidgeInverse,
+    Trajectory,
     Unit,
     WeightsRule,
 )
@@ -45,13 +51,18 @@ def check_method(method: Method, settings: TraceSettings) -> None:
     check_choice("unit", method.train.unit, Unit)
     check_choice("unit", method.query.unit, Unit)
     check_choice("weights", method.weights, WeightsRule)
+    check_choice("meet", method.meet, Meet)
     replayed = isinstance(method.train.events, Replay)
     allowed = ("none", "event") if replayed else ("none", "timestep", "sample")
     faults = []
     if method.train.unit not in allowed:
         faults.append(f"on the training side, {'a replay' if replayed else 'a grid'} has unit {', '.join(allowed)}")
-    if not isinstance(method.query.events, Grid) or method.query.unit == "event":
-        raise ConfigError(f"{method.name}: queries are taken on a grid, with unit none, timestep or sample.")
+    if isinstance(method.query.events, Replay) or method.query.unit == "event":
+        raise ConfigError(
+            f"{method.name}: queries are taken on a grid or along a trajectory, with unit none, timestep or sample."
+        )
+    if isinstance(method.train.events, Trajectory):
+        raise ConfigError(f"{method.name}: trajectories are of queries; training images are replayed or on a grid.")
     check_choice("after", method.after, After)
     needs_ridge = method.after in ("theta_relative", "l_relative", "residual")
     if needs_ridge and not isinstance(method.precondition, RidgeInverse):
@@ -67,8 +78,27 @@ def check_method(method: Method, settings: TraceSettings) -> None:
         draws = max(draws, method.train.events.draws)
     if draws > settings.batch_size:
         faults.append(f"batch_size must hold all draws of a timestep ({draws}), found {settings.batch_size}")
+    faults += _faults_of_meeting(method) if method.meet == "timesteps" else []
     if faults:
         raise ConfigError(f"{method.name}: {'; '.join(faults)}.")
+
+
+def _faults_of_meeting(method: Method) -> list[str]:
+    """Say why gradients cannot meet timestep by timestep."""
+    faults, train, query = [], method.train.events, _query_grid(method)
+    if isinstance(train, Grid) and isinstance(query, Trajectory):
+        faults.append("the steps of a trajectory are at other timesteps than a grid of training images")
+    elif isinstance(train, Grid) and train.timesteps != query.timesteps:
+        faults.append(
+            "both sides meet timestep by timestep, so their grids must have the same timesteps; the training side has "
+            f"{train.timesteps}, the query side {query.timesteps}. Give --timesteps and "
+            "--train-timesteps the same number"
+        )
+    if "sample" in (method.train.unit, method.query.unit):
+        faults.append("unit 'sample' is the length of a sum, and gradients that meet timestep by timestep have none")
+    if method.after != "none":
+        faults.append(f"after={method.after!r} is of a training image's summed gradient; it needs meet='sums'")
+    return faults
 
 
 @dataclass(frozen=True)
@@ -88,8 +118,8 @@ class Demand:
 
     num_queries: int
     vectors_per_query: int
-    query_grid: Grid | None
-    """Grid whose gradients are summed into those vectors."""
+    query_grid: Grid | Trajectory | None
+    """Grid or trajectory whose gradients are summed into those vectors."""
     query_parts: int
     """Parts into which the draws of a timestep fall."""
     train_grid: Grid | None
@@ -118,12 +148,43 @@ class Workload:
     @property
     def train_events(self) -> Grid | Replay:
         """Events on the training side."""
-        return self.methods[0].train.events
+        events = self.methods[0].train.events
+        assert not isinstance(events, Trajectory)  # check_method
+        return events
 
     @property
-    def query_grid(self) -> Grid:
+    def query_grid(self) -> Grid | Trajectory:
         """Events on the query side."""
         return _query_grid(self.methods[0])
+
+    @cached_property
+    def query_timesteps(self) -> Int64[ndarray, " timestep"]:
+        """Timesteps at which gradients of queries are taken, ascending."""
+        if isinstance(self.query_grid, Trajectory):
+            assert self.queries.trajectories is not None  # fill_in_steps
+            return np.array(self.queries.trajectories.timesteps)
+        return even_timesteps(1, self.subject.process.num_timesteps - 1, self.query_grid.timesteps).numpy()
+
+    @property
+    def is_matched(self) -> bool:
+        """Whether both sides meet timestep by timestep."""
+        return self.methods[0].meet == "timesteps"
+
+    @cached_property
+    def meetings(self) -> list[range]:
+        """Points of the query grid whose gradients are one sum: all of them, or each for itself."""
+        count = self.query_grid.timesteps
+        return [range(k, k + 1) for k in range(count)] if self.is_matched else [range(count)]
+
+    @property
+    def phases_at_once(self) -> int:
+        """Bins of timesteps that are kept apart in one meeting."""
+        return 1 if self.is_matched else self.phases
+
+    def phases_of(self, points: range) -> slice:
+        """Say which phases the points of a meeting belong to."""
+        first, last = (point * self.phases // self.query_grid.timesteps for point in (points.start, points.stop - 1))
+        return slice(first, last + 1)
 
     @property
     def precondition(self) -> BeforeProjection | None:
@@ -164,7 +225,7 @@ class Workload:
     @property
     def vectors_per_query(self) -> int:
         """Whole gradients that are held for a query."""
-        return sum(num_vectors(family, self.phases, self.halves) for family in self.query_families)
+        return sum(num_vectors(family, self.phases_at_once, self.halves) for family in self.query_families)
 
     @property
     def demand(self) -> Demand:
@@ -174,9 +235,16 @@ class Workload:
             vectors_per_query=self.vectors_per_query,
             query_grid=self.query_grid,
             query_parts=2 if self.halves else 1,
-            train_grid=self.train_events if isinstance(self.train_events, Grid) else None,
+            train_grid=self._train_grid,
             train_families=len(self.train_families),
         )
+
+    @property
+    def _train_grid(self) -> Grid | None:
+        """What is summed at once on the training side."""
+        if not isinstance(self.train_events, Grid):
+            return None
+        return replace(self.train_events, timesteps=1) if self.is_matched else self.train_events
 
     @cached_property
     def passes(self) -> list[PassCount]:
@@ -197,11 +265,19 @@ class Workload:
         """Count sample-passes in all."""
         return sum(count.query + num_turns * count.train + count.curvature for count in self.passes)
 
-    def num_events(self, checkpoint: Checkpoint, block: range) -> int:
-        """Count the events of some training images."""
+    def num_events(self, checkpoint: Checkpoint, block: range, points: range | None = None) -> int:
+        """Count the events of some training images: all, or those that meet the queries at some points."""
         if isinstance(self.train_events, Grid):
-            return len(block) * self.train_events.timesteps * self.train_events.draws
-        return len(rows_between(self.replayed_events(checkpoint, self.methods[0].weights), block))
+            met = points if points is not None and self.is_matched else range(self.train_events.timesteps)
+            return len(block) * len(met) * self.train_events.draws
+        table = rows_between(self.replayed_events(checkpoint, self.methods[0].weights), block)
+        return len(table) if points is None else int(self.meets(table, points).sum())
+
+    def meets(self, table: EventTable, points: range) -> Bool[ndarray, " event"]:
+        """Say which replayed events meet the queries at some points."""
+        if not self.is_matched:
+            return np.ones(len(table), dtype=bool)
+        return nearest_timesteps(self.query_timesteps, table.timestep) == points.start
 
     def split_queries(self, num_params: int, query_bytes: int) -> list[range]:
         """Split the queries into turns whose gradients fit into the memory allowed, of one query at least."""
@@ -255,6 +331,30 @@ def rows_between(table: EventTable, rows: range) -> EventTable:
     return table.take(slice(int(first), int(last)))
 
 
-def _query_grid(method: Method) -> Grid:
-    assert isinstance(method.query.events, Grid)  # check_method
+def fill_in_steps(method: Method | Baseline, queries: ImageData) -> Method | Baseline:
+    """Put the number of steps that the queries' trajectories have into a declaration that follows them.
+
+    Returns:
+        The declaration.
+
+    Raises:
+        ConfigError: If the queries have no trajectories, or not at the same timesteps.
+    """
+    if isinstance(method, Baseline) or not isinstance(method.query.events, Trajectory):
+        return method
+    if queries.trajectories is None:
+        raise ConfigError(
+            f"{method.name} follows the steps by which a sampler came to each query; {queries.source} does not have "
+            "them, or not of all images at the same timesteps. Sample images with `whence sample RUN --trajectory` and "
+            "give the file that it writes."
+        )
+    steps, asked = len(queries.trajectories.timesteps), method.query.events.steps
+    if asked not in (0, steps):
+        raise ConfigError(f"{method.name} asks for {asked} steps of a trajectory, {queries.source} has {steps}.")
+    events = replace(method.query.events, steps=steps)
+    return replace(method, query=replace(method.query, events=events))
+
+
+def _query_grid(method: Method) -> Grid | Trajectory:
+    assert not isinstance(method.query.events, Replay)  # check_method
     return method.query.events

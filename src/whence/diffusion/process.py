@@ -10,8 +10,10 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, get_args
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
+from numpy import ndarray
 from torch import Tensor
 
 from whence.config import PredictionType
@@ -116,3 +118,16 @@ def even_timesteps(first: int, last: int, count: int) -> Int[Tensor, " timestep"
     if count == 1:
         return torch.tensor([(first + last) // 2])
     return torch.linspace(first, last, count, dtype=torch.float64).round().long()
+
+
+def nearest_timesteps(timesteps: Int[ndarray, " point"], wanted: Int[ndarray, " event"]) -> Int64[ndarray, " event"]:
+    """Find the nearest of some ascending timesteps; halfway between two, it is the one with less noise.
+
+    Returns:
+        Positions in ``timesteps``.
+
+    Example:
+        >>> nearest_timesteps(np.array([1, 5, 9]), np.array([0, 3, 4, 30])).tolist()
+        [0, 0, 1, 2]
+    """
+    return np.searchsorted((timesteps[1:] + timesteps[:-1]) / 2, wanted)

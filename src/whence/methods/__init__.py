@@ -11,10 +11,23 @@ from whence.methods.frame import (
     Method,
     Replay,
     RidgeInverse,
+    Trajectory,
 )
 from whence.methods.influence import EKFAC, KFAC
-from whence.methods.tracin import GAS, GRAD_COS, GRAD_DOT, RETRAC, RETRAC_ADAM, TRACIN, TRACIN_ADAM, TRACIN_CP
-from whence.methods.trak import D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED, TRAK
+from whence.methods.tracin import (
+    GAS,
+    GRAD_COS,
+    GRAD_DOT,
+    MATCHED_COS,
+    MATCHED_DOT,
+    RETRAC,
+    RETRAC_ADAM,
+    RETRAC_MATCHED,
+    TRACIN,
+    TRACIN_ADAM,
+    TRACIN_CP,
+)
+from whence.methods.trak import D_TRAK, DAS, DAS_SIGNED, JOURNEY_TRAK, RELATIF, RELATIF_L, RENORMALISED, TRAK
 
 __all__ = [
     "AdamInverse",
@@ -25,7 +38,10 @@ __all__ = [
     "GAS",
     "GRAD_COS",
     "GRAD_DOT",
+    "JOURNEY_TRAK",
     "KFAC",
+    "MATCHED_COS",
+    "MATCHED_DOT",
     "METHODS",
     "PIXELS",
     "RANDOM",
@@ -34,6 +50,7 @@ __all__ = [
     "RENORMALISED",
     "RETRAC",
     "RETRAC_ADAM",
+    "RETRAC_MATCHED",
     "TRACIN",
     "TRACIN_ADAM",
     "TRACIN_CP",
@@ -45,12 +62,14 @@ __all__ = [
     "Method",
     "Replay",
     "RidgeInverse",
+    "Trajectory",
     "method_by_name",
 ]
 
 _ALL = (
     *(TRACIN, RETRAC, TRACIN_ADAM, RETRAC_ADAM, TRACIN_CP, GRAD_DOT, GRAD_COS, GAS),
-    *(TRAK, D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED),
+    *(MATCHED_COS, MATCHED_DOT, RETRAC_MATCHED),
+    *(TRAK, JOURNEY_TRAK, D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED),
     *(KFAC, EKFAC),
     *(PIXELS, RANDOM),
 )

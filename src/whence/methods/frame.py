@@ -3,7 +3,8 @@
     score(i, q) = sum_c a_i^c < psi_q^c , M_c sum_{e in E(i,c)} w_e u(g_{i,e}^c) >
 
 ``g`` are gradients of an output function at checkpoint c, ``E`` the events of training sample i, ``u`` a normalisation,
-``psi`` the query's sum likewise, ``M`` a preconditioner and ``a`` what comes after. A method is data: it touches no
+``psi`` the query's sum likewise, ``M`` a preconditioner and ``a`` what comes after. Where both sides meet timestep by
+timestep, ``psi`` is the query's gradient at the timestep of ``e``, and not a sum. A method is data: it touches no
 model and draws no noise.
 """
 
@@ -45,10 +46,28 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Trajectory:
+    """The steps by which a sampler came to a query: what it took the image to be at each, noised again at its timestep.
+
+    Journey-TRAK (Georgiev et al. 2023, arXiv:2312.06205). Queries only, and only those whose trajectory was kept.
+    """
+
+    draws: int = 1
+    """Of fresh noise at each step."""
+    steps: int = 0
+    """How many; a declaration leaves it at 0, and the queries say it."""
+
+    @property
+    def timesteps(self) -> int:
+        """As of a grid: each step has one."""
+        return self.steps
+
+
+@dataclass(frozen=True)
 class GradientPlan:
     """Which gradients stand for a sample."""
 
-    events: Replay | Grid
+    events: Replay | Grid | Trajectory
     unit: Unit = "none"
     output: OutputName = "loss"
     """Output function whose gradient is taken: the training loss, with the model's own weighting, or a function of the
@@ -92,6 +111,14 @@ class AdamInverse:
     eps: float = 1e-8
 
 
+Meet = Literal["sums", "timesteps"]
+"""What of both sides is multiplied.
+
+sums: the sums over all events of each side. timesteps: the training gradient at each timestep with the query's at the
+same timestep, the products then averaged; a replayed visit has one timestep, and meets the nearest of the query's. No
+gradients of different timesteps are compared, and no sum of gradients that disagree gets short.
+"""
+
 BeforeProjection = KroneckerInverse | AdamInverse
 """Preconditioners of whole gradients: they do not commute with a projection."""
 
@@ -107,6 +134,7 @@ class Method:
     weights: WeightsRule = "learning_rate"
     precondition: RidgeInverse | BeforeProjection | None = None
     """What stands between both gradients; it is applied to the query's."""
+    meet: Meet = "sums"
     after: After = "none"
     squared: bool = False
     """Square the scores at last, which takes their sign."""

@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from whence.methods.frame import Baseline, GradientPlan, Grid, KroneckerInverse, Method, Replay, RidgeInverse
+from whence.methods.frame import (
+    Baseline,
+    GradientPlan,
+    Grid,
+    KroneckerInverse,
+    Method,
+    Replay,
+    RidgeInverse,
+    Trajectory,
+)
 
 _AFTER = {
     "none": "",
@@ -30,7 +39,8 @@ class MethodFacts:
     """Which commands give it."""
     passes_per_training_image: int | None
     """Forward and backward passes of one sample at each checkpoint; None: as many as visits."""
-    passes_per_query: int
+    passes_per_query: int | None
+    """None: as many as its sampler had steps, times the draws."""
     rows_per_training_image: int | None
     """Rows that an index keeps of an image at each checkpoint; None: as many as visits."""
     sign: str
@@ -51,7 +61,6 @@ def list_methods(methods: dict[str, Method | Baseline]) -> list[MethodFacts]:
 
 def _of_method(method: Method) -> MethodFacts:
     train, query = method.train.events, method.query.events
-    assert isinstance(query, Grid)
     outputs = dict.fromkeys([method.train.output, method.query.output])
     inverse = method.precondition
     middle = ""
@@ -59,7 +68,8 @@ def _of_method(method: Method) -> MethodFacts:
         middle = inverse.kind
     elif inverse is not None:
         middle = "ridge inverse M" if isinstance(inverse, RidgeInverse) else "1 / Adam's scale"
-    between = " ".join(filter(None, [middle, _AFTER[method.after]]))
+    meet = "timestep by timestep" if method.meet == "timesteps" else ""
+    between = " ".join(filter(None, [middle, meet, _AFTER[method.after]]))
     one_visit = train == Replay("last")
     return MethodFacts(
         name=method.name,
@@ -74,7 +84,7 @@ def _of_method(method: Method) -> MethodFacts:
         else 1
         if one_visit
         else None,
-        passes_per_query=query.timesteps * query.draws,
+        passes_per_query=query.timesteps * query.draws if isinstance(query, Grid) else None,
         rows_per_training_image=train.timesteps if isinstance(train, Grid) else 1 if one_visit else None,
         sign="none: a size" if method.squared else "positive lowers the query's output",
         source=method.source,
@@ -101,6 +111,8 @@ def _of_baseline(baseline: Baseline) -> MethodFacts:
 def _events(plan: GradientPlan) -> str:
     if isinstance(plan.events, Replay):
         events = {"last": "last visit", "all": "all visits"}[plan.events.visits]
+    elif isinstance(plan.events, Trajectory):
+        events = f"steps of the sampler x {plan.events.draws}"
     else:
         events = f"{plan.events.timesteps} x {plan.events.draws}"
     return events if plan.unit == "none" else f"{events}, unit {plan.unit}"

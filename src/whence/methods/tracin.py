@@ -53,6 +53,35 @@ GRAD_COS = Method(
 )
 """Cosine of the mean gradients of both at the last checkpoint."""
 
+MATCHED_COS = Method(
+    name="matched-cos",
+    train=GradientPlan(Grid(timesteps=10, draws=1), unit="timestep"),
+    query=GradientPlan(Grid(timesteps=10, draws=2), unit="timestep"),
+    checkpoints="last",
+    weights="equal",
+    meet="timesteps",
+    source="ReTrac's lengths, timestep by timestep",
+)
+"""Mean over timesteps of the cosine of both gradients there: 1 for gradients that agree at each timestep."""
+
+MATCHED_DOT = replace(
+    MATCHED_COS,
+    name="matched-dot",
+    train=replace(MATCHED_COS.train, unit="none"),
+    query=replace(MATCHED_COS.query, unit="none"),
+    source="Kwon et al. 2024, arXiv:2310.00902: gradients joined over timesteps",
+)
+"""Mean over timesteps of the inner product of both gradients there."""
+
+RETRAC_MATCHED = replace(
+    RETRAC, name="retrac-matched", meet="timesteps", source="ReTrac, at the timestep that was trained"
+)
+"""Cosine of the gradient of the sample as it was trained, with the query's at the nearest timestep.
+
+ReTrac without the query's coherence: at each checkpoint a sample meets only one timestep of the query, so scores
+compare samples at different ones, and their phases tell which.
+"""
+
 TRACIN_CP = replace(GRAD_DOT, name="tracin-cp", checkpoints="all", source="Pruthi et al. 2020, arXiv:2002.08484")
 """Inner products of the mean gradients of both, added up over checkpoints."""
 

@@ -5,7 +5,7 @@ On diffusion models the loss, and other outputs in its place, are averaged over 
 
 from dataclasses import replace
 
-from whence.methods.frame import GradientPlan, Grid, Method, RidgeInverse
+from whence.methods.frame import GradientPlan, Grid, Method, RidgeInverse, Trajectory
 
 _GRID, _QUERY_GRID = Grid(timesteps=10, draws=1), Grid(timesteps=10, draws=2)
 
@@ -19,6 +19,17 @@ TRAK = Method(
     source="Park et al. 2023, arXiv:2303.14186",
 )
 """Ridge regression of the query's mean gradient of the loss on those of all training images."""
+
+JOURNEY_TRAK = replace(
+    TRAK,
+    name="journey-trak",
+    query=GradientPlan(Trajectory(draws=20)),
+    source="Georgiev et al. 2023, arXiv:2312.06205",
+)
+"""TRAK of each step by which the sampler came to the query, rather than of the query itself.
+
+The published score is one for each step: keep as many phases as there are steps. Their mean is the score here.
+"""
 
 D_TRAK = replace(
     TRAK,
