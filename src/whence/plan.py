@@ -72,7 +72,8 @@ class PlannedPass:
     @property
     def sample_passes(self) -> int:
         """Forward and backward passes of one sample, in all."""
-        return sum(count.query + self.turns * count.train + count.curvature for count in self.passes)
+        per_turn = sum(count.train + count.curvature_per_turn for count in self.passes)
+        return self.turns * per_turn + sum(count.query + count.curvature for count in self.passes)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _plan_pass(load: Workload, footprint: Footprint, index: StoreShape | None) -
     turns = num_turns(demand, footprint, limits.query_bytes)
     rates = _measure(replace(load, settings=replace(load.settings, batch_size=limits.batch_size)), limits, index)
     query = sum(count.query for count in load.passes)
-    train = sum(turns * count.train + count.curvature for count in load.passes)
+    train = load.num_passes(turns) - query
     return PlannedPass(
         methods=tuple(method.name for method in load.methods),
         passes=load.passes,

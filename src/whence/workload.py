@@ -18,8 +18,12 @@ from whence.gradients import Family, num_vectors
 from whence.methods.frame import (
     After,
     BeforeProjection,
+    ConjugateGradientInverse,
+    DataInfInverse,
     Grid,
+    IterativeInverse,
     KroneckerInverse,
+    LissaInverse,
     Method,
     Replay,
     RidgeInverse,
@@ -67,8 +71,33 @@ def check_method(method: Method, settings: TraceSettings) -> None:
         draws = max(draws, method.train.events.draws)
     if draws > settings.batch_size:
         faults.append(f"batch_size must hold all draws of a timestep ({draws}), found {settings.batch_size}")
+    faults += _faults_of(method.precondition, settings)
     if faults:
         raise ConfigError(f"{method.name}: {'; '.join(faults)}.")
+
+
+def _faults_of(precondition: object, settings: TraceSettings) -> list[str]:
+    """List what is wrong with how equations are to be solved."""
+    if not isinstance(precondition, IterativeInverse | DataInfInverse):
+        return []
+    faults = [] if precondition.damping > 0 else [f"damping must be above 0, found {precondition.damping}"]
+    match precondition:
+        case ConjugateGradientInverse():
+            counts = ("num_images", "max_iterations")
+            if not 0 < precondition.tolerance < 1:
+                faults.append(f"tolerance must be between 0 and 1, found {precondition.tolerance}")
+        case LissaInverse():
+            counts = ("num_images", "depth", "repeats", "events_per_step", "power_iterations")
+        case DataInfInverse():
+            counts = ()
+            size = _grid_size(precondition.events)
+            if size > settings.batch_size:
+                faults.append(
+                    f"batch_size must hold all events of a training image in the curvature ({size}), found "
+                    f"{settings.batch_size}"
+                )
+    values = {name: getattr(precondition, name) for name in counts}
+    return faults + [f"{name} must be above 0, found {v}" for name, v in values.items() if v is not None and v < 1]
 
 
 @dataclass(frozen=True)
@@ -80,6 +109,9 @@ class PassCount:
     train: int
     """In one turn over the training set."""
     curvature: int = 0
+    """For the curvature; at most, where an iteration may end early."""
+    curvature_per_turn: int = 0
+    """For the curvature, once more in each turn of queries."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +129,17 @@ class Demand:
     train_families: int
     draws: int = 1
     """Events that are one unit where they are taken one by one."""
+    solved: int = 0
+    """Whole gradients for which an iteration solves equations at once; it holds four more of each."""
+    unit: int = 1
+    """Events of a training image whose mean is one gradient, in the making of a curvature."""
     held: str = "the gradients of one query"
     """What the vectors are, for messages."""
 
     @property
     def smallest_batch(self) -> int:
         """Events that must go through the network at once: the draws of a timestep."""
-        return max([self.draws, *(grid.draws for grid in (self.query_grid, self.train_grid) if grid)])
+        return max([self.draws, self.unit, *(grid.draws for grid in (self.query_grid, self.train_grid) if grid)])
 
 
 @dataclass(frozen=True)
@@ -167,11 +203,19 @@ class Workload:
         return sum(num_vectors(family, self.phases, self.halves) for family in self.query_families)
 
     @property
+    def held_per_query(self) -> int:
+        """Whole gradients that are held for a query and in the making of them for all queries of a turn at once."""
+        return self.vectors_per_query * (2 if isinstance(self.precondition, DataInfInverse) else 1)
+
+    @property
     def demand(self) -> Demand:
         """What is held in memory."""
+        iterative = isinstance(self.precondition, IterativeInverse)
         return Demand(
             num_queries=len(self.queries),
-            vectors_per_query=self.vectors_per_query,
+            vectors_per_query=self.held_per_query,
+            solved=self.vectors_per_query if iterative else 0,
+            unit=_grid_size(self.precondition.events) if isinstance(self.precondition, DataInfInverse) else 1,
             query_grid=self.query_grid,
             query_parts=2 if self.halves else 1,
             train_grid=self.train_events if isinstance(self.train_events, Grid) else None,
@@ -182,20 +226,23 @@ class Workload:
     def passes(self) -> list[PassCount]:
         """Sample-passes of each checkpoint."""
         everything = range(len(self.subject.train))
+        curvature = curvature_passes(self.precondition, len(everything))
         per_query = self.query_grid.timesteps * self.query_grid.draws
         return [
             PassCount(
                 c.step,
                 query=len(self.queries) * per_query,
                 train=self.num_events(c, everything),
-                curvature=len(everything) * num_curvature_passes(self.precondition),
+                curvature=curvature.once + curvature.per_vector * len(self.queries) * self.vectors_per_query,
+                curvature_per_turn=curvature.per_turn,
             )
             for c in self.checkpoints
         ]
 
     def num_passes(self, num_turns: int) -> int:
         """Count sample-passes in all."""
-        return sum(count.query + num_turns * count.train + count.curvature for count in self.passes)
+        per_turn = sum(count.train + count.curvature_per_turn for count in self.passes)
+        return num_turns * per_turn + sum(count.query + count.curvature for count in self.passes)
 
     def num_events(self, checkpoint: Checkpoint, block: range) -> int:
         """Count the events of some training images."""
@@ -205,7 +252,7 @@ class Workload:
 
     def split_queries(self, num_params: int, query_bytes: int) -> list[range]:
         """Split the queries into turns whose gradients fit into the memory allowed, of one query at least."""
-        per_query = self.vectors_per_query * num_params * np.dtype(self.settings.dtype).itemsize
+        per_query = self.held_per_query * num_params * np.dtype(self.settings.dtype).itemsize
         at_once = max(1, query_bytes // per_query)
         return [range(i, min(i + at_once, len(self.queries))) for i in range(0, len(self.queries), at_once)]
 
@@ -236,12 +283,47 @@ class Workload:
         return self.subject.replays
 
 
-def num_curvature_passes(precondition: BeforeProjection | None) -> int:
-    """Count the sample-passes that a training image takes at a checkpoint, for the curvature."""
-    if not isinstance(precondition, KroneckerInverse):
-        return 0
-    grid = precondition.events
-    return grid.timesteps * grid.draws * (2 if precondition.kind == "ekfac" else 1)
+PASSES_PER_PRODUCT = 2
+"""What a product of one event's Gauss-Newton matrix with one vector takes, in sample-passes."""
+
+
+@dataclass(frozen=True)
+class CurvaturePasses:
+    """Sample-passes that a preconditioner takes at a checkpoint."""
+
+    once: int = 0
+    per_vector: int = 0
+    """At most, for each vector of each query."""
+    per_turn: int = 0
+
+
+def curvature_passes(precondition: BeforeProjection | None, num_train: int) -> CurvaturePasses:
+    """Count the sample-passes of a preconditioner at one checkpoint."""
+    match precondition:
+        case KroneckerInverse():
+            return CurvaturePasses(
+                num_curvature_events(precondition, num_train) * (2 if precondition.kind == "ekfac" else 1)
+            )
+        case ConjugateGradientInverse():
+            events = num_curvature_events(precondition, num_train)
+            return CurvaturePasses(events, PASSES_PER_PRODUCT * events * (precondition.max_iterations + 1))
+        case LissaInverse():
+            events = num_curvature_events(precondition, num_train)
+            in_samples = precondition.repeats * min(precondition.events_per_step or events, events)
+            return CurvaturePasses(
+                events + PASSES_PER_PRODUCT * precondition.power_iterations * in_samples,
+                PASSES_PER_PRODUCT * (precondition.depth * in_samples + events),
+            )
+        case DataInfInverse():
+            events = num_curvature_events(precondition, num_train)
+            return CurvaturePasses(once=events, per_turn=events)
+    return CurvaturePasses()
+
+
+def num_curvature_events(precondition: KroneckerInverse | IterativeInverse | DataInfInverse, num_train: int) -> int:
+    """Count the events over which a curvature is a mean."""
+    num_images = min(precondition.num_images, num_train) if isinstance(precondition, IterativeInverse) else num_train
+    return num_images * _grid_size(precondition.events)
 
 
 def family_of(unit: Unit) -> Family:
@@ -253,6 +335,10 @@ def rows_between(table: EventTable, rows: range) -> EventTable:
     """Keep the events of some training images; the table is ordered by row."""
     first, last = np.searchsorted(table.row, [rows.start, rows.stop])
     return table.take(slice(int(first), int(last)))
+
+
+def _grid_size(grid: Grid) -> int:
+    return grid.timesteps * grid.draws
 
 
 def _query_grid(method: Method) -> Grid:

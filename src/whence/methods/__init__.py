@@ -5,27 +5,33 @@ from whence.methods.baselines import PIXELS, RANDOM
 from whence.methods.frame import (
     AdamInverse,
     Baseline,
+    ConjugateGradientInverse,
+    DataInfInverse,
     GradientPlan,
     Grid,
     KroneckerInverse,
+    LissaInverse,
     Method,
     Replay,
     RidgeInverse,
 )
-from whence.methods.influence import EKFAC, KFAC
+from whence.methods.influence import DATAINF, EKFAC, INFLUENCE_CG, KFAC, LISSA
 from whence.methods.tracin import GAS, GRAD_COS, GRAD_DOT, RETRAC, RETRAC_ADAM, TRACIN, TRACIN_ADAM, TRACIN_CP
 from whence.methods.trak import D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED, TRAK
 
 __all__ = [
     "AdamInverse",
     "DAS",
+    "DATAINF",
     "DAS_SIGNED",
     "D_TRAK",
     "EKFAC",
     "GAS",
     "GRAD_COS",
     "GRAD_DOT",
+    "INFLUENCE_CG",
     "KFAC",
+    "LISSA",
     "METHODS",
     "PIXELS",
     "RANDOM",
@@ -39,9 +45,12 @@ __all__ = [
     "TRACIN_CP",
     "TRAK",
     "Baseline",
+    "ConjugateGradientInverse",
+    "DataInfInverse",
     "GradientPlan",
     "Grid",
     "KroneckerInverse",
+    "LissaInverse",
     "Method",
     "Replay",
     "RidgeInverse",
@@ -51,7 +60,7 @@ __all__ = [
 _ALL = (
     *(TRACIN, RETRAC, TRACIN_ADAM, RETRAC_ADAM, TRACIN_CP, GRAD_DOT, GRAD_COS, GAS),
     *(TRAK, D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED),
-    *(KFAC, EKFAC),
+    *(KFAC, EKFAC, INFLUENCE_CG, LISSA, DATAINF),
     *(PIXELS, RANDOM),
 )
 METHODS: dict[str, Method | Baseline] = {method.name: method for method in _ALL}

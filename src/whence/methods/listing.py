@@ -2,7 +2,27 @@
 
 from dataclasses import dataclass
 
-from whence.methods.frame import Baseline, GradientPlan, Grid, KroneckerInverse, Method, Replay, RidgeInverse
+from whence.methods.frame import (
+    AdamInverse,
+    Baseline,
+    ConjugateGradientInverse,
+    DataInfInverse,
+    GradientPlan,
+    Grid,
+    KroneckerInverse,
+    LissaInverse,
+    Method,
+    Replay,
+    RidgeInverse,
+)
+
+_MIDDLE = {
+    RidgeInverse: "ridge inverse M",
+    ConjugateGradientInverse: "Gauss-Newton inverse, by conjugate gradients",
+    LissaInverse: "Gauss-Newton inverse, by a series",
+    DataInfInverse: "mean of rank-one inverses",
+    AdamInverse: "1 / Adam's scale",
+}
 
 _AFTER = {
     "none": "",
@@ -54,11 +74,9 @@ def _of_method(method: Method) -> MethodFacts:
     assert isinstance(query, Grid)
     outputs = dict.fromkeys([method.train.output, method.query.output])
     inverse = method.precondition
-    middle = ""
-    if isinstance(inverse, KroneckerInverse):
-        middle = inverse.kind
-    elif inverse is not None:
-        middle = "ridge inverse M" if isinstance(inverse, RidgeInverse) else "1 / Adam's scale"
+    middle = (
+        "" if inverse is None else inverse.kind if isinstance(inverse, KroneckerInverse) else _MIDDLE[type(inverse)]
+    )
     between = " ".join(filter(None, [middle, _AFTER[method.after]]))
     one_visit = train == Replay("last")
     return MethodFacts(
