@@ -47,6 +47,9 @@ from whence.workload import PASSES_PER_PRODUCT, curvature_passes
 SCALE_MARGIN = 1.1
 """LiSSA's scale, over the largest eigenvalue that was found: power iteration finds it from below."""
 
+NEGLIGIBLE = 100
+"""Gradients of a root mean square below so many units of rounding of that over all parameters are rounding."""
+
 LARGE_RESIDUAL = 0.1
 """Relative residual of a truncated series above which there is a warning."""
 
@@ -55,7 +58,7 @@ Update = Callable[[int], Any]
 
 Facts = dict[str, float]
 """About solutions: ``mean_eigenvalue``, ``damping`` (itself, no multiple), ``scale``, worst ``residual``, most
-``iterations``."""
+``iterations``, ``parameters_left_out``."""
 
 
 class AbstractQueryPreconditioner(ABC):
@@ -210,7 +213,9 @@ class DataInf(AbstractQueryPreconditioner):
         mean_i (g_i g_i^T + d I)^-1 v = (v - mean_i g_i <g_i, v> / (d + |g_i|^2)) / d
 
     with g_i the part of a parameter in the mean gradient of training image i over its events, and d a multiple of the
-    mean square of its entries over all i (Kwon et al. 2024, arXiv:2310.00902, eq. 5).
+    mean square of its entries over all i (Kwon et al. 2024, arXiv:2310.00902, eq. 5). Each parameter counts alike,
+    however small its gradients, so those whose gradients are nothing but rounding, as of the bias of attention's keys,
+    are left out.
 
     Args:
         source: The model.
@@ -231,8 +236,13 @@ class DataInf(AbstractQueryPreconditioner):
         asked: DataInfInverse,
     ):
         self.source, self.images, self.table = source, images, table
-        # A parameter without any gradient has no part in any score.
-        self.dampings = {name: asked.damping * square or 1.0 for name, square in mean_squares.items()}
+        numbers = {name: source.layout.num_numbers(name) for name in mean_squares}
+        mean = sum(square * numbers[name] for name, square in mean_squares.items()) / source.layout.num_params
+        least = (NEGLIGIBLE * torch.finfo(source.dtype).eps) ** 2 * mean
+        self.left_out = [name for name, square in mean_squares.items() if square <= least]
+        self.dampings = {
+            name: 1.0 if name in self.left_out else asked.damping * square for name, square in mean_squares.items()
+        }
 
     def passes(self, num_vectors: int) -> int:
         """Count those of one pass over all training images."""
@@ -249,7 +259,9 @@ class DataInf(AbstractQueryPreconditioner):
         vectors.sub_(sums.div_(num_images))
         for name, span in source.layout.spans.items():
             vectors[:, span] /= self.dampings[name]
-        return {}
+        for name in self.left_out:
+            vectors[:, source.layout.spans[name]] = 0
+        return {"parameters_left_out": len(self.left_out)}
 
 
 def make_preconditioner(

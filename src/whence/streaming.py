@@ -327,10 +327,11 @@ class StreamingPass:
         }
         if not any(about.values()):
             return scores
-        assert isinstance(self.work.precondition, IterativeInverse)  # no other has facts
-        rows = curvature_rows(self.work.precondition, len(self.subject.train), self.settings.seed)
-        images = [self.subject.train.ids[row] for row in rows]
-        return replace(scores, details={"preconditioners": about, "curvature_images": images})
+        details: dict[str, Any] = {"preconditioners": about}
+        if isinstance(self.work.precondition, IterativeInverse):
+            rows = curvature_rows(self.work.precondition, len(self.subject.train), self.settings.seed)
+            details["curvature_images"] = [self.subject.train.ids[row] for row in rows]
+        return replace(scores, details=details)
 
     def _join(self, checkpoint: Checkpoint, method: Method) -> dict[str, ndarray]:
         folder = self._folder(checkpoint)
