@@ -115,15 +115,12 @@ def with_precondition(method, **changes):
 def test_conjugate_gradients_give_the_scores_of_the_dense_solution(
     subject, toy_queries, toy_train, dense, phi, psi, tmp_path
 ):
-    small = replace(SETTINGS, damping=0.1, phases=2)
-    usual = traced(subject, toy_queries, CG, tmp_path, small)
+    usual = traced(subject, toy_queries, CG, tmp_path, replace(SETTINGS, damping=0.1, phases=2))
     want = dense_scores(dense[0], about(usual)["damping"], psi, phi)
     assert min(spearmanr(a, b).statistic for a, b in zip(usual.values, want, strict=True)) > 0.999
-    assert_near(usual.values, want, 0.01)
-    assert about(usual)["residual"] <= 1.01e-3 and about(usual)["iterations"] < 100
-    exact = traced(subject, toy_queries, with_precondition(CG, tolerance=1e-8), tmp_path, small)
-    assert_near(exact.values, want, 1e-7)
-    assert_near(exact.phases.sum(1), want, 1e-7)
+    assert_near(usual.values, want, 1e-4)
+    assert_near(usual.phases.sum(1), want, 1e-4)
+    assert about(usual)["residual"] <= 1.01e-4 and about(usual)["iterations"] < 100
     # It is no multiple of the products without a curvature.
     plain = (psi @ phi.T).numpy()
     assert min(spearmanr(a, b).statistic for a, b in zip(plain, want, strict=True)) < 0.99
@@ -153,19 +150,20 @@ def test_under_a_large_damping_what_is_left_is_the_dot_product(subject, toy_quer
 
 
 def test_scores_do_not_depend_on_the_batch_size(subject, toy_queries, tmp_path):
-    for method in (with_precondition(CG, tolerance=1e-6), SERIES, DATA_INF):
+    few = toy_queries.select([0])
+    for method in (CG, SERIES, DATA_INF):
         found = []
         for batch_size in (2, 8, 64):
             settings = replace(SETTINGS, batch_size=batch_size)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # LiSSA's residual
-                found.append(traced(subject, toy_queries, method, tmp_path / str(batch_size), settings).values)
+                found.append(traced(subject, few, method, tmp_path / str(batch_size), settings).values)
         assert_near(found[1], found[0], 1e-9)
         assert_near(found[2], found[0], 1e-9)
 
 
 def test_too_few_iterations_are_warned_of(subject, toy_queries, tmp_path):
-    with pytest.warns(UserWarning, match=r"reached a relative residual of 0\.\d+ in 2 iterations.*not 0.001"):
+    with pytest.warns(UserWarning, match=r"reached a relative residual of 0\.\d+ in 2 iterations.*not 0.0001"):
         scores = traced(subject, toy_queries.select([0]), with_precondition(CG, max_iterations=2), tmp_path)
     assert about(scores)["iterations"] == 2
     assert any(f"{about(scores)['residual']:.2g}" in note for note in scores.notes)
@@ -300,6 +298,7 @@ def test_passes_are_those_that_the_bar_of_the_run_counts(subject, toy_queries, t
 
 
 def test_turns_of_queries_do_not_change_scores(subject, toy_queries, tmp_path, monkeypatch):
+    queries = toy_queries.select([0, 1])
     monkeypatch.setattr("whence.memory.QUERY_BYTES", 1)  # one query in each turn
     turns = []
     run_turn = whence.streaming.StreamingPass._run_turn
@@ -307,40 +306,40 @@ def test_turns_of_queries_do_not_change_scores(subject, toy_queries, tmp_path, m
         whence.streaming.StreamingPass, "_run_turn", lambda self, *a: turns.append(a) or run_turn(self, *a)
     )
     for method in (CG, DATA_INF):
-        one_by_one = traced(subject, toy_queries, method, tmp_path / "turns")
+        one_by_one = traced(subject, queries, method, tmp_path / "turns")
         with monkeypatch.context() as usual:
             usual.setattr("whence.memory.QUERY_BYTES", 2**30)
-            together = traced(subject, toy_queries, method, tmp_path / "together")
+            together = traced(subject, queries, method, tmp_path / "together")
         assert_near(one_by_one.values, together.values, 1e-9)
         assert about(one_by_one) == about(together) if method is CG else True
-    assert len(turns) == 2 * (3 + 1)
+    assert len(turns) == 2 * (2 + 1)
 
 
 @pytest.mark.parametrize("method, kind", [(CG, ConjugateGradients), (DATA_INF, DataInf)], ids=["cg", "datainf"])
 def test_solutions_that_took_long_are_not_made_again(subject, toy_queries, tmp_path, monkeypatch, method, kind):
-    want = traced(subject, toy_queries, method, tmp_path / "whole")
+    want = traced(subject, toy_queries.select([0]), method, tmp_path / "whole")
     monkeypatch.setattr("whence.streaming.WORTH_KEEPING_S", 0.0)
     with monkeypatch.context() as killed:
         killed.setattr(whence.streaming.StreamingPass, "_tile", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            traced(subject, toy_queries, method, tmp_path / "cut")
+            traced(subject, toy_queries.select([0]), method, tmp_path / "cut")
     monkeypatch.setattr(kind, "apply_", lambda *a: pytest.fail("it was solved again"))
-    found = traced(subject, toy_queries, method, tmp_path / "cut")
+    found = traced(subject, toy_queries.select([0]), method, tmp_path / "cut")
     assert found.values.tobytes() == want.values.tobytes()
     assert found.details.get("preconditioners") == want.details.get("preconditioners")
     assert not list((tmp_path / "cut" / "cache").rglob("solved-*"))
 
 
 def test_one_trace_estimate_serves_every_damping_and_both_solvers(subject, toy_queries, tmp_path, monkeypatch):
-    first = traced(subject, toy_queries, CG, tmp_path)
+    first = traced(subject, toy_queries.select([0]), CG, tmp_path)
     monkeypatch.setattr(
         "whence.gauss_newton.GaussNewton.mean_eigenvalue", lambda *a: pytest.fail("it was estimated again")
     )
-    other = traced(subject, toy_queries, CG, tmp_path, replace(SETTINGS, damping=10.0))
+    other = traced(subject, toy_queries.select([0]), CG, tmp_path, replace(SETTINGS, damping=10.0))
     assert about(other)["damping"] == pytest.approx(10 * about(first)["damping"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        series = traced(subject, toy_queries, SERIES, tmp_path)
+        series = traced(subject, toy_queries.select([0]), SERIES, tmp_path)
     assert about(series)["mean_eigenvalue"] == about(first)["mean_eigenvalue"]
 
 

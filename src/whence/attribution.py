@@ -115,7 +115,7 @@ def trace(
     for baseline in work.baselines:
         if baseline in work.wanted:
             save(_baseline(baseline, subject, queries, settings), {})
-    footprint = cache(lambda: measure_footprint(subject, settings))
+    footprint = cache(lambda: measure_footprint(subject, settings, products=work.needs_products))
     limits = [
         choose_limits(load.demand, settings, footprint) if work.is_wanted(load) or settings.memory is None else None
         for load in work.loads
@@ -139,6 +139,11 @@ class TraceWork:
     baselines: list[Baseline]
     loads: list[Workload]
     """Methods of one load share a pass, be they wanted or not: which ones do decides how its sums are rounded."""
+
+    @property
+    def needs_products(self) -> bool:
+        """Whether a pass multiplies with a Gauss-Newton matrix."""
+        return any(load.demand.solved for load in self.loads)
 
     def is_wanted(self, load: Workload) -> bool:
         """Tell whether a pass has to be made."""

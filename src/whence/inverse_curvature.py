@@ -148,7 +148,7 @@ class ConjugateGradients(AbstractQueryPreconditioner):
             "mean_eigenvalue": self.mean_eigenvalue,
             "damping": self.damping,
             "residual": residual,
-            "iterations": found.iterations,
+            "iterations": float(found.iterations),
         }
 
 
@@ -261,7 +261,7 @@ class DataInf(AbstractQueryPreconditioner):
             vectors[:, span] /= self.dampings[name]
         for name in self.left_out:
             vectors[:, source.layout.spans[name]] = 0
-        return {"parameters_left_out": len(self.left_out)}
+        return {"parameters_left_out": float(len(self.left_out))}
 
 
 def make_preconditioner(

@@ -138,7 +138,7 @@ def plan(
     work = prepare(subject, queries, methods, settings, folder)
     if index is None:
         check_streamed(work)
-    footprint = cache(lambda: measure_footprint(subject, settings))
+    footprint = cache(lambda: measure_footprint(subject, settings, products=work.needs_products))
     passes = [_plan_pass(load, footprint(), index) for load in work.loads if work.is_wanted(load)]
     return Plan(passes, sum(_blank_scores(work, method, subject, queries).num_bytes for method in work.wanted))
 
@@ -170,7 +170,9 @@ def _cache_bytes(load: Workload, turns: int, footprint: Footprint, rates: Rates)
     blocks = -(-num_train // load.settings.block_size)
     tiles = 8 * (len(load.methods) * per_method + blocks * num_query * load.query_grid.timesteps)
     kept = load.query_grid.timesteps * load.query_grid.draws * rates.query_s > WORTH_KEEPING_S
-    return len(load.checkpoints) * tiles + kept * num_query * load.vectors_per_query * footprint.gradient
+    vectors = num_query * load.vectors_per_query * footprint.gradient
+    solved = load.precondition is not None  # kept once more, unless the solution is quick
+    return len(load.checkpoints) * tiles + (kept + solved) * vectors
 
 
 def _store_bytes(load: Workload, shape: StoreShape) -> int:

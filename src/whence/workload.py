@@ -130,7 +130,9 @@ class Demand:
     draws: int = 1
     """Events that are one unit where they are taken one by one."""
     solved: int = 0
-    """Whole gradients for which an iteration solves equations at once; it holds four more of each."""
+    """Whole gradients for which an iteration solves equations at once, with copies of its own."""
+    kronecker: bool = False
+    """Whether Kronecker factors are held."""
     unit: int = 1
     """Events of a training image whose mean is one gradient, in the making of a curvature."""
     held: str = "the gradients of one query"
@@ -215,6 +217,7 @@ class Workload:
             num_queries=len(self.queries),
             vectors_per_query=self.held_per_query,
             solved=self.vectors_per_query if iterative else 0,
+            kronecker=isinstance(self.precondition, KroneckerInverse),
             unit=_grid_size(self.precondition.events) if isinstance(self.precondition, DataInfInverse) else 1,
             query_grid=self.query_grid,
             query_parts=2 if self.halves else 1,

@@ -102,7 +102,7 @@ class ConjugateGradientInverse:
     """At most so many training images, drawn by the seed."""
     damping: float = 0.1
     """In multiples of the mean eigenvalue."""
-    tolerance: float = 1e-3
+    tolerance: float = 1e-4
     """Relative residual at which a solution is good enough."""
     max_iterations: int = 100
 
