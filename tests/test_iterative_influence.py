@@ -158,8 +158,11 @@ def test_scores_do_not_depend_on_the_batch_size(subject, toy_queries, tmp_path):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # LiSSA's residual
                 found.append(traced(subject, few, method, tmp_path / str(batch_size), settings).values)
-        assert_near(found[1], found[0], 1e-9)
-        assert_near(found[2], found[0], 1e-9)
+        # Once it has found the largest eigenvalues, the iteration of conjugate gradients enlarges rounding; both of its
+        # solutions have a residual of 1e-4.
+        tolerance = 1e-4 if method is CG else 1e-9
+        assert_near(found[1], found[0], tolerance)
+        assert_near(found[2], found[0], tolerance)
 
 
 def test_too_few_iterations_are_warned_of(subject, toy_queries, tmp_path):
@@ -363,7 +366,7 @@ def test_settings_that_cannot_be_met_are_refused(subject, toy_queries, tmp_path,
 
 
 def test_grad_dot_is_not_touched_by_any_of_it(subject, toy_queries, phi, psi, tmp_path):
-    scores = traced(subject, toy_queries, GRAD_DOT, tmp_path)
+    scores = traced(subject, toy_queries, GRAD_DOT, tmp_path, replace(SETTINGS, damping=None))
     assert_near(scores.values, (psi @ phi.T).numpy(), 1e-9)
     assert "preconditioners" not in scores.details
     assert sha256_of_json(scores.details["method"]["precondition"]) == sha256_of_json(None)

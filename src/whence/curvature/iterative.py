@@ -35,7 +35,8 @@ def conjugate_gradient(
 ) -> Solution:
     """Solve by conjugate gradients (Hestenes and Stiefel 1952), each row with steps of its own.
 
-    A row that has reached the tolerance takes part in no further product.
+    A row that has reached the tolerance takes part in no further product. The iteration enlarges rounding, once it has
+    found the largest eigenvalues: products in another order lead to another solution within the tolerance.
 
     Args:
         multiply: Multiplies with G.
