@@ -110,3 +110,26 @@ def replay_scores(models, steps, scheduler, record, train, queries, *, normalise
                 g = g / g.norm() if normalise else g
                 scores[:, row] += [weight * float(g @ q) for q in queried]
     return scores
+
+
+def jacobian(model, scheduler, image, timestep, noise, parameters):
+    """Jacobian of the prediction at one event, one row for each number of it."""
+    prediction, _ = prediction_and_target(model, scheduler, image, timestep, noise)
+    rows = []
+    for value in prediction.flatten():
+        gradients = torch.autograd.grad(value, parameters, retain_graph=True)
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    return torch.stack(rows)
+
+
+def gauss_newton(model, scheduler, images, rows, timesteps, parameters, draws=1, seed=0):
+    """Mean over the events of a grid of J^T (2/d) J, whole; and each event's part."""
+    parts = []
+    for row in rows:
+        image = images.pixels([row])[0]
+        for t in grid(scheduler.config.num_train_timesteps, timesteps):
+            for draw in range(draws):
+                noise = normals(noise_key(seed, "grid", "train", images.ids[row], t, draw), image.shape)
+                rows_of_event = jacobian(model, scheduler, image, t, noise, parameters)
+                parts.append(2 / len(rows_of_event) * rows_of_event.T @ rows_of_event)
+    return torch.stack(parts).mean(0), parts

@@ -58,6 +58,8 @@ LAYER_OF = {
     "row_products": "stages",
     "preconditioning": "stages",
     "second_order": "stages",
+    "gauss_newton": "stages",
+    "inverse_curvature": "stages",
     "self_influence": "stages",
     "progress": "stages",
     "event_table": "stages",

@@ -10,6 +10,8 @@ from whence.attribution import trace
 from whence.checkpoints import list_checkpoints
 from whence.config import TraceSettings
 from whence.errors import ConfigError
+from whence.event_table import grid_events
+from whence.gauss_newton import GaussNewton
 from whence.memory import (
     OVERHEAD,
     QUERY_BYTES,
@@ -26,8 +28,9 @@ from whence.memory import (
     parse_memory,
     peak_bytes,
 )
-from whence.methods import GRAD_COS, RETRAC, TRACIN, Grid
+from whence.methods import GRAD_COS, RETRAC, TRACIN, Grid, KroneckerInverse
 from whence.record import Record
+from whence.second_order import load_or_make_curvature
 from whence.self_influence import self_influence
 from whence.streaming import StreamingPass
 from whence.subject import Subject
@@ -72,6 +75,45 @@ def test_what_a_batch_needs_by_hand():
     # A grid on the training side: sums of 2 samples in 2 families, twice, and a buffer of 8 points.
     gridded = replace(REPLAYED, train_grid=Grid(2, draws=1), train_families=2, query_grid=None)
     assert batch_bytes(gridded, ROUND, 4) == 2 * 2 * 2 * 100 + 4 * 100 + 40 + 4 * 20
+
+
+def test_what_a_solver_needs_by_hand():
+    solving = replace(REPLAYED, query_grid=None, solved=3)
+    # Five gradients for each of three vectors, and a batch of products: more than eight events one by one.
+    needs = replace(ROUND, product=Line(5.0, 30.0))
+    assert batch_bytes(solving, needs, 8) == 5 * 3 * 100 + 5 + 8 * 30
+    # All events of a training image go through the network at once where their mean is one gradient.
+    assert replace(REPLAYED, unit=10).smallest_batch == 10
+
+
+def test_kronecker_factors_count():
+    factors = replace(REPLAYED, kronecker=True)
+    needs = replace(ROUND, kronecker=7000)
+    limits = Limits(8, 2**20)
+    assert peak_bytes(factors, needs, limits) == peak_bytes(REPLAYED, needs, limits) + 7000
+    with pytest.raises(ConfigError, match=r"does not hold the weights and the curvature \(8KiB\).* 9KiB"):
+        choose_limits(factors, replace(SETTINGS, memory="8KB"), lambda: needs)
+    assert choose_limits(REPLAYED, replace(SETTINGS, memory="8KB"), lambda: needs).batch_size == 8
+
+
+def test_kronecker_factors_are_as_large_as_they_were_said_to_be(subject, tmp_path):
+    source = subject.source(subject.checkpoints[-1], SETTINGS)
+    small = KroneckerInverse("kfac", events=Grid(1))
+    made = load_or_make_curvature(tmp_path / "c.safetensors", source, subject.train, small, 0, lambda n: None)
+    held = sum(t.nbytes for b in made.blocks.values() for t in (b.out_basis, b.inner_basis, b.eigenvalues))
+    # Sums and eigenvectors; what is planned has a bias for every layer.
+    assert 2 * held <= measure_footprint(subject, SETTINGS).kronecker < 1.1 * 2 * held
+
+
+def test_a_small_batch_of_products_foretells_a_large_one(subject):
+    needs = measure_footprint(subject, SETTINGS, products=True).product
+    source = subject.source(subject.checkpoints[-1], replace(SETTINGS, batch_size=32))
+    table = grid_events(subject.train, [0, 1], "train", Grid(16), 50, seed=0)
+    vectors = torch.zeros(3, source.layout.num_params)
+    with LiveBytes() as live:
+        GaussNewton(source, subject.train, table).multiply(vectors, lambda num_passes: None)
+    more = 2 * source.gradient_bytes  # the products of three vectors, where one was measured
+    assert needs(32) == pytest.approx(WORKSPACE_BYTES + OVERHEAD * (live.peak - more), rel=0.02)
 
 
 def test_nothing_changes_where_no_bound_is_given():

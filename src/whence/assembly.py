@@ -17,6 +17,9 @@ from whence.methods.frame import Method
 from whence.scores import Scores
 from whence.workload import Workload, family_of
 
+FACTS = "facts:"
+"""Begins the names of what is said about preconditioners in a tile; no method's name has a colon."""
+
 
 def inverse(lengths: ndarray) -> ndarray:
     """One over a length; 0 for a gradient of zero, which stays zero."""
@@ -89,6 +92,8 @@ def join_meetings(work: Workload, parts: Iterable[Mapping[str, ndarray]]) -> dic
         joined["train_squares"] += squares
         for name in added:
             joined[name] += part[name]
+        for name in [name for name in part if name.startswith(FACTS)]:
+            joined[name] = np.maximum(joined[name], part[name])
     with np.errstate(invalid="ignore"):  # 0 / 0
         joined["train_norms"] = np.sqrt(joined["train_squares"] / joined["train_counts"])
     return joined | {"query_norms": np.concatenate(query_norms, axis=1)}

@@ -21,7 +21,7 @@ from whence.errors import ConfigError, ScoresError, check_choice
 from whence.event_table import check_same_data
 from whence.memory import Limits, choose_limits, measure_footprint, parse_memory
 from whence.methods import Baseline, Grid, Method, Replay
-from whence.methods.frame import BeforeProjection, KroneckerInverse, ReplayedVisits, RidgeInverse, Trajectory
+from whence.methods.frame import AdamInverse, BeforeProjection, ReplayedVisits, Trajectory
 from whence.scores import Scores
 from whence.streaming import StreamingPass, claim
 from whence.subject import Subject
@@ -67,7 +67,7 @@ def declare(
         )
     method = replace(method, train=replace(method.train, events=events, unit=unit), query=query, weights=weights)
     inverse = method.precondition
-    if isinstance(inverse, RidgeInverse | KroneckerInverse) and settings.damping is not None:
+    if inverse is not None and not isinstance(inverse, AdamInverse) and settings.damping is not None:
         method = replace(method, precondition=replace(inverse, damping=settings.damping))
     return method, notes
 
@@ -110,13 +110,14 @@ def trace(
 
     def save(scores: Scores, computed_with: dict[str, Any]) -> None:
         name = scores.method
-        notes = work.notes[name] + notes_on(scores, subject, settings)
-        replace(scores, details=work.specs[name] | {"notes": notes} | computed_with).save(work.folders[name])
+        notes = work.notes[name] + notes_on(scores, subject, settings) + _notes_on_solutions(scores)
+        details = scores.details | work.specs[name] | {"notes": notes} | computed_with
+        replace(scores, details=details).save(work.folders[name])
 
     for baseline in work.baselines:
         if baseline in work.wanted:
             save(_baseline(baseline, subject, queries, settings), {})
-    footprint = cache(lambda: measure_footprint(subject, settings))
+    footprint = cache(lambda: measure_footprint(subject, settings, products=work.needs_products))
     limits = [
         choose_limits(load.demand, settings, footprint) if work.is_wanted(load) or settings.memory is None else None
         for load in work.loads
@@ -140,6 +141,11 @@ class TraceWork:
     baselines: list[Baseline]
     loads: list[Workload]
     """Methods of one load share a pass, be they wanted or not: which ones do decides how its sums are rounded."""
+
+    @property
+    def needs_products(self) -> bool:
+        """Whether a pass multiplies with a Gauss-Newton matrix."""
+        return any(load.demand.solved for load in self.loads)
 
     def is_wanted(self, load: Workload) -> bool:
         """Tell whether a pass has to be made."""
@@ -384,6 +390,16 @@ def notes_on(scores: Scores, subject: Subject, settings: TraceSettings) -> list[
     if settings.weights_name == "ema":
         notes.append("Gradients are taken at averaged weights; training itself moved the raw ones.")
     return notes
+
+
+def _notes_on_solutions(scores: Scores) -> list[str]:
+    """Say how far the equations of an influence function were solved."""
+    return [
+        f"At step {step}, the equations of the influence function are solved to a relative residual of "
+        f"{found['residual']:.2g}."
+        for step, found in scores.details.get("preconditioners", {}).items()
+        if "residual" in found
+    ]
 
 
 def _baseline(baseline: Baseline, subject: Subject, queries: ImageData, settings: TraceSettings) -> Scores:

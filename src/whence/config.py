@@ -121,8 +121,9 @@ class QuerySettings(ComputeSettings):
     phases: int | None = None
     """Bins of query timesteps for which scores are kept apart, from least noise to most. By default 4."""
     damping: float | None = None
-    """Damping of methods that have one (trak, journey-trak, d-trak, das, relatif), in multiples of the mean eigenvalue.
-    By default chosen by generalised cross-validation over training images, without a look at the queries."""
+    """Damping of methods that have one, in multiples of the mean eigenvalue. By default 0.1 for influence functions
+    (ekfac, influence-cg, lissa, datainf); for trak, journey-trak, d-trak, das and relatif chosen by generalised
+    cross-validation over training images, without a look at the queries."""
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class GradientSource:
             scale = self._backward(events, images, len(events), 1.0, [sink])
             norms[start : start + len(events)] = (sink.norm_squared.sqrt() / scale).cpu().numpy()
             dots[start : start + len(events)] = (sink.dots.double() / scale).cpu().numpy()
-            self._check_finite(norms[start : start + len(events)], events, images)
+            self.check_finite(norms[start : start + len(events)], events, images)
             update(len(events))
         return dots, norms
 
@@ -254,7 +254,7 @@ class GradientSource:
             norm_squared = sink.norm_squared if with_norms else squared_lengths(rows[here])
             norms[here] = (norm_squared.sqrt() / scale).cpu().numpy()
             rows[here] /= scale
-            self._check_finite(norms[here], events.take(slice(0, None, events_per_unit)), images)
+            self.check_finite(norms[here], events.take(slice(0, None, events_per_unit)), images)
             update(len(events))
         return rows, norms
 
@@ -344,7 +344,7 @@ class GradientSource:
             lengths = torch.cat([of_average, of_parts], dim=1).sqrt() / scale
             if scale != 1:
                 sink.rows /= scale
-            self._check_finite(lengths[:, 0].cpu().numpy(), events.take(slice(0, None, grid.draws)), images)
+            self.check_finite(lengths[:, 0].cpu().numpy(), events.take(slice(0, None, grid.draws)), images)
             yield *np.divmod(np.arange(start, start + num_points), len(points)), lengths, sink.rows
             update(len(events))
 
@@ -407,7 +407,7 @@ class GradientSource:
         rows = list(range(min(4, len(images))))
         table = grid_events(images, rows, "train", Grid(timesteps=2), self.process.num_timesteps, seed=0)
         self.dots(table, images, self.no_vectors(), lambda num_events: None)
-        scale = self._scale(images)
+        scale = self.output_scale(images)
         with tensor_float_32(self.tf32):
             check_against_autograd(
                 self.capture,
@@ -429,7 +429,8 @@ class GradientSource:
         values = sample_output(prediction, batch.target, self.output, self.loss)
         return values * batch.loss_weight if self.output == "loss" else values
 
-    def _scale(self, images: ImageData) -> float:
+    def output_scale(self, images: ImageData) -> float:
+        """Give what outputs are multiplied with before the backward pass, which autocast may ask for."""
         return output_scale(self.autocast, images.channels * images.height * images.width)
 
     def _backward(
@@ -442,7 +443,7 @@ class GradientSource:
         squares: Float[Tensor, " event"] | None = None,
     ) -> float:
         """Fill the sinks; what is in them then is to be divided by the number that is returned."""
-        scale = self._scale(images)
+        scale = self.output_scale(images)
 
         def outputs(some: slice) -> Float[Tensor, " event"]:
             of_these = None if squares is None else squares[some]
@@ -484,7 +485,48 @@ class GradientSource:
                 self.capture.run(outputs, len(events), len(events), sinks)
             update(len(events))
 
-    def _check_finite(self, norms: ndarray, table: EventTable, images: ImageData) -> None:
+    def unit_gradients(
+        self,
+        table: EventTable,
+        images: ImageData,
+        events_per_unit: int,
+        sinks: list[AbstractSink],
+        update: Callable[[int], Any],
+    ) -> float:
+        """Fill sinks with the gradients of units, each the mean over so many consecutive events.
+
+        Args:
+            table: Events.
+            images: The images that they point into.
+            events_per_unit: Such as all of a sample.
+            sinks: What is wanted; they see batch after batch.
+            update: Called with the number of events done.
+
+        Returns:
+            What the gradients in the sinks were multiplied with.
+
+        Raises:
+            ConfigError: If the events of a unit do not fit into a batch.
+        """
+        self._check_batch_holds(events_per_unit)
+        events_per_batch = self.batch_size // events_per_unit * events_per_unit
+        for start in range(0, len(table), events_per_batch):
+            events = table.take(slice(start, start + events_per_batch))
+            self._backward(events, images, len(events) // events_per_unit, 1.0 / events_per_unit, sinks)
+            update(len(events))
+        return self.output_scale(images)
+
+    def check_finite(self, norms: ndarray, table: EventTable, images: ImageData) -> None:
+        """Refuse gradients that are not finite.
+
+        Args:
+            norms: Their lengths.
+            table: An event of each.
+            images: The images that they point into.
+
+        Raises:
+            NumericsError: The message names a sample, its timestep and the checkpoint.
+        """
         bad = np.flatnonzero(~np.isfinite(norms))
         if len(bad):
             row, timestep = table.row[bad[0]], table.timestep[bad[0]]

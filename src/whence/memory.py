@@ -2,8 +2,9 @@
 
 Held at once are the weights, the gradient sums of as many queries as one turn has, and what a batch needs::
 
-    weights + turn x vectors + max(batch of the query side, batch of the training side)
+    weights + turn x vectors + max(batch of the query side, batch of the training side, solver and its batch)
 
+and, in the place of the weights, weights and Kronecker factors where a method has such.
 What a batch needs is a line over its number of events, through the bytes of all tensors that live at the worst moment
 of a pass over two events and over four. Python and torch themselves, and the images, come on top.
 """
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_iter
 from whence.config import GradientSettings
 from whence.errors import ConfigError
 from whence.event_table import grid_events
+from whence.gauss_newton import GaussNewton
 from whence.gradients import GradientSource, points_at_once
 from whence.methods.frame import Grid, Trajectory
 from whence.subject import Subject
@@ -32,6 +34,9 @@ QUERY_BYTES = 4 * 2**30
 
 WORTHWHILE_BATCH = 8
 """Smaller batches than this are taken only where nothing else fits: they waste more than a turn of queries does."""
+
+SOLVER_VECTORS = 5
+"""Whole gradients that a solver holds for each vector beside it: solution, residual, direction, a product, a step."""
 
 OVERHEAD = 1.5
 """Memory that a pass takes of the system, by the bytes of its tensors: allocators do not use all that they take."""
@@ -97,6 +102,10 @@ class Footprint:
     """A batch whose events are units, for inner products."""
     summed: Line
     """A batch whose gradients are gathered whole."""
+    product: Line | None = None
+    """A batch for a product with the Gauss-Newton matrix, if that was asked for."""
+    kronecker: int = 0
+    """Bytes of Kronecker factors, and of the sums that they are made of."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,13 @@ class Limits:
     """Bound on the gradients of queries."""
 
 
-def measure_footprint(subject: Subject, settings: GradientSettings) -> Footprint:
+def measure_footprint(subject: Subject, settings: GradientSettings, *, products: bool = False) -> Footprint:
     """Measure what passes need, at the last checkpoint; the same numbers for the same model and settings.
+
+    Args:
+        subject: The model.
+        settings: Which parameters, in which arithmetic.
+        products: Also measure products with the Gauss-Newton matrix.
 
     Returns:
         The measurement.
@@ -120,6 +134,8 @@ def measure_footprint(subject: Subject, settings: GradientSettings) -> Footprint
         gradient=source.gradient_bytes,
         one_by_one=_line(lambda count: _peak_one_by_one(source, subject, count)),
         summed=_line(lambda count: _peak_summed(source, subject, count)),
+        product=_line(lambda count: _peak_product(source, subject, count)) if products else None,
+        kronecker=sum(_kronecker_bytes(p) for p in source.capture.parameters.values()),
     )
 
 
@@ -141,16 +157,17 @@ def choose_limits(demand: Demand, settings: GradientSettings, footprint: Callabl
     if settings.memory is None:
         return Limits(settings.batch_size, QUERY_BYTES)
     bound, needs = parse_memory(settings.memory), footprint()
-    vectors = demand.vectors_per_query * needs.gradient
+    vectors, fixed = demand.vectors_per_query * needs.gradient, _fixed_bytes(demand, needs)
     fitting = [
         (size, left)
         for size in range(demand.smallest_batch, settings.batch_size + 1)
-        if (left := bound - needs.weights - batch_bytes(demand, needs, size)) >= vectors
+        if (left := bound - fixed - batch_bytes(demand, needs, size)) >= vectors
     ]
     if not fitting:
-        least = needs.weights + batch_bytes(demand, needs, demand.smallest_batch) + vectors
+        least = fixed + batch_bytes(demand, needs, demand.smallest_batch) + vectors
         raise ConfigError(
-            f"memory={settings.memory} does not hold the weights ({format_memory(needs.weights)}), "
+            f"memory={settings.memory} does not hold the weights{' and the curvature' if demand.kronecker else ''} "
+            f"({format_memory(fixed)}), "
             f"{demand.held} ({format_memory(vectors)}) and a batch of {demand.smallest_batch}; the smallest bound "
             f"that does is {format_memory(least)}."
         )
@@ -169,7 +186,7 @@ def peak_bytes(demand: Demand, footprint: Footprint, limits: Limits) -> int:
     """Say what is held at the worst moment."""
     vectors = demand.vectors_per_query * footprint.gradient
     at_once = min(demand.num_queries, max(1, limits.query_bytes // vectors)) if vectors else 0
-    return footprint.weights + at_once * vectors + batch_bytes(demand, footprint, limits.batch_size)
+    return _fixed_bytes(demand, footprint) + at_once * vectors + batch_bytes(demand, footprint, limits.batch_size)
 
 
 def batch_bytes(demand: Demand, footprint: Footprint, batch_size: int) -> int:
@@ -184,7 +201,22 @@ def batch_bytes(demand: Demand, footprint: Footprint, batch_size: int) -> int:
         needs.append(sums + _grid_bytes(demand.train_grid, 1, footprint, batch_size))
     else:
         needs.append(footprint.one_by_one(batch_size))
+    if demand.solved:
+        assert footprint.product is not None  # asked for with the demand
+        needs.append(SOLVER_VECTORS * demand.solved * footprint.gradient + footprint.product(batch_size))
     return max(needs)
+
+
+def _fixed_bytes(demand: Demand, footprint: Footprint) -> int:
+    return footprint.weights + (footprint.kronecker if demand.kronecker else 0)
+
+
+def _kronecker_bytes(parameter: Tensor) -> int:
+    """Count the factors of a weight, with their eigenvalues, twice: as sums and as eigenvectors."""
+    if parameter.ndim < 2:
+        return 0
+    num_out, num_inner = len(parameter), parameter[0].numel() + 1  # and the bias
+    return 2 * (num_out**2 + num_inner**2 + num_out * num_inner) * parameter.element_size()
 
 
 def _grid_bytes(grid: Grid | Trajectory, parts: int, footprint: Footprint, batch_size: int) -> int:
@@ -204,6 +236,15 @@ def _peak_one_by_one(source: GradientSource, subject: Subject, count: int) -> in
     vector = source.no_vectors().new_zeros(1, source.layout.num_params)
     with LiveBytes() as live:
         source.dots(table, subject.train, vector, lambda num_events: None)
+    return live.peak
+
+
+def _peak_product(source: GradientSource, subject: Subject, count: int) -> int:
+    table = grid_events(subject.train, [0], "train", Grid(count), subject.process.num_timesteps, seed=0)
+    source.batch_size = count
+    vector = source.no_vectors().new_zeros(1, source.layout.num_params)
+    with LiveBytes() as live:
+        GaussNewton(source, subject.train, table).multiply(vector, lambda num_passes: None)
     return live.peak
 
 

@@ -72,7 +72,8 @@ class PlannedPass:
     @property
     def sample_passes(self) -> int:
         """Forward and backward passes of one sample, in all."""
-        return sum(count.query + self.turns * count.train + count.curvature for count in self.passes)
+        per_turn = sum(count.train + count.curvature_per_turn for count in self.passes)
+        return self.turns * per_turn + sum(count.query + count.curvature for count in self.passes)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def plan(
     work = prepare(subject, queries, methods, settings, folder)
     if index is None:
         check_streamed(work)
-    footprint = cache(lambda: measure_footprint(subject, settings))
+    footprint = cache(lambda: measure_footprint(subject, settings, products=work.needs_products))
     passes = [_plan_pass(load, footprint(), index) for load in work.loads if work.is_wanted(load)]
     return Plan(passes, sum(_blank_scores(work, method, subject, queries).num_bytes for method in work.wanted))
 
@@ -148,7 +149,7 @@ def _plan_pass(load: Workload, footprint: Footprint, index: StoreShape | None) -
     turns = num_turns(demand, footprint, limits.query_bytes)
     rates = _measure(replace(load, settings=replace(load.settings, batch_size=limits.batch_size)), limits, index)
     query = sum(count.query for count in load.passes)
-    train = sum(turns * count.train + count.curvature for count in load.passes)
+    train = load.num_passes(turns) - query
     return PlannedPass(
         methods=tuple(method.name for method in load.methods),
         passes=load.passes,
@@ -172,7 +173,8 @@ def _cache_bytes(load: Workload, turns: int, footprint: Footprint, rates: Rates)
     tiles = 8 * (len(load.methods) * per_method + blocks * num_query * load.query_grid.timesteps)
     kept = len(load.meetings[0]) * load.query_grid.draws * rates.query_s > WORTH_KEEPING_S
     sums = meetings * num_query * load.vectors_per_query * footprint.gradient
-    return len(load.checkpoints) * tiles + kept * sums
+    solved = load.precondition is not None  # kept once more, unless the solution is quick
+    return len(load.checkpoints) * tiles + (kept + solved) * sums
 
 
 def _store_bytes(load: Workload, shape: StoreShape) -> int:

@@ -23,7 +23,7 @@ from whence.errors import CheckpointError
 from whence.event_table import grid_events
 from whence.gradients import GradientSource
 from whence.methods.frame import KroneckerInverse
-from whence.workload import num_curvature_passes
+from whence.workload import curvature_passes
 
 
 def load_or_make_curvature(
@@ -48,7 +48,7 @@ def load_or_make_curvature(
         The curvature.
     """
     if path.exists():
-        update(len(images) * num_curvature_passes(precondition))
+        update(curvature_passes(precondition, len(images)).once)
     else:
         write_arrays(path, _as_arrays(_make_curvature(source, images, precondition, seed, update)))
     return _from_arrays(path, source)

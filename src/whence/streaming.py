@@ -4,6 +4,7 @@ At each checkpoint the queries' gradients come first, then one pass over the tra
 queries' layer by layer and are dropped. What is finished lies in a cache until the scores are written:
 
     <step>/query-<point>-<row>.safetensors    gradient sums of one query, if they took long; removed in the end
+    <step>/solved-<turn>-<n>.safetensors      the same of one or all queries of a turn, preconditioned, likewise
     <step>/tile-<turn>-<row>.safetensors      contributions of a block of training images to the queries of one turn
     <step>/done.json                          names of the tiles, once they are all there
 
@@ -17,8 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,20 @@ from numpy import ndarray
 from torch import Tensor
 
 from whence._array_files import read_arrays, write_arrays
-from whence._files import sha256_of_json, write_json
-from whence.assembly import inverse, join_meetings, make_scores, sample_lengths, split_products
+from whence._files import write_json
+from whence.assembly import FACTS, inverse, join_meetings, make_scores, sample_lengths, split_products
 from whence.checkpoints import Checkpoint
 from whence.errors import InUseError
 from whence.gradients import GradientSource
-from whence.methods.frame import AdamInverse, Grid, Method, Replay
+from whence.inverse_curvature import AbstractQueryPreconditioner, curvature_rows, make_preconditioner
+from whence.methods.frame import Grid, IterativeInverse, Method, Replay
 from whence.progress import progress_bar
 from whence.scores import Scores
-from whence.second_order import adam_scales, load_or_make_curvature
 from whence.workload import Workload, family_of, rows_between
 
 WORTH_KEEPING_S = 5.0
 """Gradient sums of a query that took less long are computed again after an interruption, rather than written."""
+
 
 _Products = tuple[Method, Float64[ndarray, "train vector"], dict[str, ndarray]]
 """A method, its training images' products with all query vectors, and facts about the training images."""
@@ -78,6 +79,8 @@ class _Turn:
     """Lengths of each query's whole sum and of its halves, in the family ``none``; zeros where it is not computed."""
     norms: Float64[ndarray, "query timestep"]
     """Length of each query's gradient at each timestep."""
+    facts: dict[str, ndarray] = field(default_factory=dict)
+    """About the preconditioner and its solutions."""
 
 
 class StreamingPass:
@@ -122,39 +125,53 @@ class StreamingPass:
         source = self.subject.source(checkpoint, self.settings)
         for output in dict.fromkeys(self.work.outputs):
             source.of(output).check(self.subject.train)
-        precondition = self._preconditioner(source, checkpoint, bar)
+        preconditioner = self._preconditioner(source, checkpoint, bar)
         turns = self.work.split_queries(source.layout.num_params, self.query_bytes)
         bar.total = self.work.num_passes(len(turns))
         for index, (points, rows) in enumerate(product(self.work.meetings, turns)):
-            self._run_turn(source, checkpoint, precondition, index, points, rows, bar)
-        for path in folder.glob("query-*"):
+            self._run_turn(source, checkpoint, preconditioner, index, points, rows, bar)
+        for path in [*folder.glob("query-*"), *folder.glob("solved-*")]:
             path.unlink()
         write_json(folder / "done.json", sorted(path.name for path in folder.glob("tile-*")))
 
     def _preconditioner(
         self, source: GradientSource, checkpoint: Checkpoint, bar: Any
-    ) -> Callable[[Float[Tensor, "vector param"]], Any] | None:
+    ) -> AbstractQueryPreconditioner | None:
         """Give what is applied to gradients of queries in place, if there is such a thing."""
-        asked, subject, spans = self.work.precondition, self.subject, source.layout.spans
-        if isinstance(asked, AdamInverse):
-            config = subject.record.manifest["config"] if subject.record else {}
-            scales = adam_scales(checkpoint, spans, config.get("adam_beta2"), asked.eps)
-            divisors = torch.cat([scales[name].flatten() for name in spans]).to(source.device)
-            return lambda vectors: vectors.div_(divisors)
-        if asked is None:
+        if self.work.precondition is None:
             return None
         bar.set_description_str(f"{f'curvature at {checkpoint.step}':<24}")
-        about = asdict(replace(asked, damping=1.0)), subject.describe([checkpoint], self.settings)
-        key = sha256_of_json([*about, self.settings.seed])[:16]
-        path = self.cache.parent / "curvature" / f"{key}.safetensors"
-        made = load_or_make_curvature(path, source, subject.train, asked, self.settings.seed, bar.update)
-        return partial(made.solve_, spans=spans, damping=asked.damping)
+        folder = self.cache.parent / "curvature"
+        return make_preconditioner(
+            self.work.precondition, source, checkpoint, self.subject, self.settings, folder, bar.update
+        )
+
+    def _precondition(
+        self, preconditioner: AbstractQueryPreconditioner, turn: _Turn, folder: Path, update: Callable[[int], Any]
+    ) -> dict[str, ndarray]:
+        """Apply it to the gradients of a turn, in place; what took long is kept, to go on from."""
+        found = []
+        groups = [turn.vectors] if preconditioner.together else turn.vectors.split(self.work.vectors_per_query)
+        for number, vectors in enumerate(groups):
+            path = folder / f"solved-{turn.index:06d}-{number:06d}.safetensors"
+            if path.exists():
+                update(preconditioner.passes(len(vectors)))
+                arrays = read_arrays(path)
+                vectors.copy_(torch.from_numpy(arrays.pop("vectors")))
+            else:
+                started_s = time.monotonic()
+                facts = preconditioner.apply_(vectors, update)
+                arrays = {name: np.array([number], dtype=np.float64) for name, number in facts.items()}
+                if time.monotonic() - started_s > WORTH_KEEPING_S:
+                    write_arrays(path, {"vectors": vectors.cpu().numpy()} | arrays)
+            found.append(arrays)
+        return {name: np.concatenate([arrays[name] for arrays in found]) for name in found[0]}
 
     def _run_turn(
         self,
         source: GradientSource,
         checkpoint: Checkpoint,
-        precondition: Callable[[Float[Tensor, "vector param"]], Any] | None,
+        preconditioner: AbstractQueryPreconditioner | None,
         index: int,
         points: range,
         rows: range,
@@ -172,9 +189,9 @@ class StreamingPass:
             return
         bar.set_description_str(f"{f'queries at {checkpoint.step}':<24}")
         turn = self._make_turn(source, folder, index, points, rows, bar.update)
-        if precondition is not None:
-            for vectors in turn.vectors.split(self.work.vectors_per_query):
-                precondition(vectors)
+        if preconditioner is not None:
+            bar.set_description_str(f"{f'solutions at {checkpoint.step}':<24}")
+            turn = replace(turn, facts=self._precondition(preconditioner, turn, folder, bar.update))
         bar.set_description_str(f"{f'training at {checkpoint.step}':<24}")
         for path, block in tiles.items():
             if path.exists():
@@ -245,7 +262,7 @@ class StreamingPass:
         """Contributions of one block of training images: by method, (query, phase, train) and (half, query, train)."""
         products_of = self._replayed if isinstance(self.work.train_events, Replay) else self._gridded
         source = source.of(self.work.outputs[0])
-        arrays = {"query_norms": turn.norms}
+        arrays = {"query_norms": turn.norms} | {f"{FACTS}{name}": array for name, array in turn.facts.items()}
         for method, products, facts in products_of(source, checkpoint, turn, block, update):
             products = products.reshape(len(block), turn.num_queries, -1)
             facts["phases"], halves = split_products(self.work, method, products, turn.lengths)
@@ -328,7 +345,18 @@ class StreamingPass:
         joined = [self._join(checkpoint, method) for checkpoint in self.work.checkpoints]
         summed = [name for name in ("phases", "halves") if name in joined[0]]
         totals = {name: np.sum([arrays[name] for arrays in joined], axis=0) for name in summed}
-        return make_scores(self.work, method, totals, joined)
+        scores = make_scores(self.work, method, totals, joined)
+        about = {
+            str(c.step): {n.removeprefix(FACTS): float(a.max()) for n, a in arrays.items() if n.startswith(FACTS)}
+            for c, arrays in zip(self.work.checkpoints, joined, strict=True)
+        }
+        if not any(about.values()):
+            return scores
+        details: dict[str, Any] = {"preconditioners": about}
+        if isinstance(self.work.precondition, IterativeInverse):
+            rows = curvature_rows(self.work.precondition, len(self.subject.train), self.settings.seed)
+            details["curvature_images"] = [self.subject.train.ids[row] for row in rows]
+        return replace(scores, details=details)
 
     def _join(self, checkpoint: Checkpoint, method: Method) -> dict[str, ndarray]:
         turns: dict[str, list[Path]] = {}
@@ -349,6 +377,8 @@ class StreamingPass:
                 joined[name] = np.concatenate(per_turn, axis=0 if name == "phases" else 1)
             else:
                 joined[name] = per_turn[0]
+        for name in [n for n in turns[0][0] if n.startswith(FACTS)]:
+            joined[name] = np.concatenate([tiles[0][name] for tiles in turns])
         joined["query_norms"] = np.concatenate([tiles[0]["query_norms"] for tiles in turns])
         return joined
 

@@ -22,8 +22,12 @@ from whence.methods.frame import (
     After,
     Baseline,
     BeforeProjection,
+    ConjugateGradientInverse,
+    DataInfInverse,
     Grid,
+    IterativeInverse,
     KroneckerInverse,
+    LissaInverse,
     Meet,
     Method,
     Replay,
@@ -79,6 +83,7 @@ def check_method(method: Method, settings: TraceSettings) -> None:
     if draws > settings.batch_size:
         faults.append(f"batch_size must hold all draws of a timestep ({draws}), found {settings.batch_size}")
     faults += _faults_of_meeting(method) if method.meet == "timesteps" else []
+    faults += _faults_of(method.precondition, settings)
     if faults:
         raise ConfigError(f"{method.name}: {'; '.join(faults)}.")
 
@@ -101,6 +106,30 @@ def _faults_of_meeting(method: Method) -> list[str]:
     return faults
 
 
+def _faults_of(precondition: object, settings: TraceSettings) -> list[str]:
+    """List what is wrong with how equations are to be solved."""
+    if not isinstance(precondition, IterativeInverse | DataInfInverse):
+        return []
+    faults = [] if precondition.damping > 0 else [f"damping must be above 0, found {precondition.damping}"]
+    match precondition:
+        case ConjugateGradientInverse():
+            counts = ("num_images", "max_iterations")
+            if not 0 < precondition.tolerance < 1:
+                faults.append(f"tolerance must be between 0 and 1, found {precondition.tolerance}")
+        case LissaInverse():
+            counts = ("num_images", "depth", "repeats", "events_per_step", "power_iterations")
+        case DataInfInverse():
+            counts = ()
+            size = _grid_size(precondition.events)
+            if size > settings.batch_size:
+                faults.append(
+                    f"batch_size must hold all events of a training image in the curvature ({size}), found "
+                    f"{settings.batch_size}"
+                )
+    values = {name: getattr(precondition, name) for name in counts}
+    return faults + [f"{name} must be above 0, found {v}" for name, v in values.items() if v is not None and v < 1]
+
+
 @dataclass(frozen=True)
 class PassCount:
     """Sample-passes at one checkpoint: forward and backward passes of one sample."""
@@ -110,6 +139,9 @@ class PassCount:
     train: int
     """In one turn over the training set."""
     curvature: int = 0
+    """For the curvature; at most, where an iteration may end early."""
+    curvature_per_turn: int = 0
+    """For the curvature, once more in each turn of queries."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +159,19 @@ class Demand:
     train_families: int
     draws: int = 1
     """Events that are one unit where they are taken one by one."""
+    solved: int = 0
+    """Whole gradients for which an iteration solves equations at once, with copies of its own."""
+    kronecker: bool = False
+    """Whether Kronecker factors are held."""
+    unit: int = 1
+    """Events of a training image whose mean is one gradient, in the making of a curvature."""
     held: str = "the gradients of one query"
     """What the vectors are, for messages."""
 
     @property
     def smallest_batch(self) -> int:
         """Events that must go through the network at once: the draws of a timestep."""
-        return max([self.draws, *(grid.draws for grid in (self.query_grid, self.train_grid) if grid)])
+        return max([self.draws, self.unit, *(grid.draws for grid in (self.query_grid, self.train_grid) if grid)])
 
 
 @dataclass(frozen=True)
@@ -228,11 +266,20 @@ class Workload:
         return sum(num_vectors(family, self.phases_at_once, self.halves) for family in self.query_families)
 
     @property
+    def held_per_query(self) -> int:
+        """Whole gradients that are held for a query and in the making of them for all queries of a turn at once."""
+        return self.vectors_per_query * (2 if isinstance(self.precondition, DataInfInverse) else 1)
+
+    @property
     def demand(self) -> Demand:
         """What is held in memory."""
+        iterative = isinstance(self.precondition, IterativeInverse)
         return Demand(
             num_queries=len(self.queries),
-            vectors_per_query=self.vectors_per_query,
+            vectors_per_query=self.held_per_query,
+            solved=self.vectors_per_query if iterative else 0,
+            kronecker=isinstance(self.precondition, KroneckerInverse),
+            unit=_grid_size(self.precondition.events) if isinstance(self.precondition, DataInfInverse) else 1,
             query_grid=self.query_grid,
             query_parts=2 if self.halves else 1,
             train_grid=self._train_grid,
@@ -250,20 +297,23 @@ class Workload:
     def passes(self) -> list[PassCount]:
         """Sample-passes of each checkpoint."""
         everything = range(len(self.subject.train))
+        curvature = curvature_passes(self.precondition, len(everything))
         per_query = self.query_grid.timesteps * self.query_grid.draws
         return [
             PassCount(
                 c.step,
                 query=len(self.queries) * per_query,
                 train=self.num_events(c, everything),
-                curvature=len(everything) * num_curvature_passes(self.precondition),
+                curvature=curvature.once + curvature.per_vector * len(self.queries) * self.vectors_per_query,
+                curvature_per_turn=curvature.per_turn,
             )
             for c in self.checkpoints
         ]
 
     def num_passes(self, num_turns: int) -> int:
         """Count sample-passes in all."""
-        return sum(count.query + num_turns * count.train + count.curvature for count in self.passes)
+        per_turn = sum(count.train + count.curvature_per_turn for count in self.passes)
+        return num_turns * per_turn + sum(count.query + count.curvature for count in self.passes)
 
     def num_events(self, checkpoint: Checkpoint, block: range, points: range | None = None) -> int:
         """Count the events of some training images: all, or those that meet the queries at some points."""
@@ -281,7 +331,7 @@ class Workload:
 
     def split_queries(self, num_params: int, query_bytes: int) -> list[range]:
         """Split the queries into turns whose gradients fit into the memory allowed, of one query at least."""
-        per_query = self.vectors_per_query * num_params * np.dtype(self.settings.dtype).itemsize
+        per_query = self.held_per_query * num_params * np.dtype(self.settings.dtype).itemsize
         at_once = max(1, query_bytes // per_query)
         return [range(i, min(i + at_once, len(self.queries))) for i in range(0, len(self.queries), at_once)]
 
@@ -312,12 +362,47 @@ class Workload:
         return self.subject.replays
 
 
-def num_curvature_passes(precondition: BeforeProjection | None) -> int:
-    """Count the sample-passes that a training image takes at a checkpoint, for the curvature."""
-    if not isinstance(precondition, KroneckerInverse):
-        return 0
-    grid = precondition.events
-    return grid.timesteps * grid.draws * (2 if precondition.kind == "ekfac" else 1)
+PASSES_PER_PRODUCT = 2
+"""What a product of one event's Gauss-Newton matrix with one vector takes, in sample-passes."""
+
+
+@dataclass(frozen=True)
+class CurvaturePasses:
+    """Sample-passes that a preconditioner takes at a checkpoint."""
+
+    once: int = 0
+    per_vector: int = 0
+    """At most, for each vector of each query."""
+    per_turn: int = 0
+
+
+def curvature_passes(precondition: BeforeProjection | None, num_train: int) -> CurvaturePasses:
+    """Count the sample-passes of a preconditioner at one checkpoint."""
+    match precondition:
+        case KroneckerInverse():
+            return CurvaturePasses(
+                num_curvature_events(precondition, num_train) * (2 if precondition.kind == "ekfac" else 1)
+            )
+        case ConjugateGradientInverse():
+            events = num_curvature_events(precondition, num_train)
+            return CurvaturePasses(events, PASSES_PER_PRODUCT * events * (precondition.max_iterations + 1))
+        case LissaInverse():
+            events = num_curvature_events(precondition, num_train)
+            in_samples = precondition.repeats * min(precondition.events_per_step or events, events)
+            return CurvaturePasses(
+                events + PASSES_PER_PRODUCT * precondition.power_iterations * in_samples,
+                PASSES_PER_PRODUCT * (precondition.depth * in_samples + events),
+            )
+        case DataInfInverse():
+            events = num_curvature_events(precondition, num_train)
+            return CurvaturePasses(once=events, per_turn=events)
+    return CurvaturePasses()
+
+
+def num_curvature_events(precondition: KroneckerInverse | IterativeInverse | DataInfInverse, num_train: int) -> int:
+    """Count the events over which a curvature is a mean."""
+    num_images = min(precondition.num_images, num_train) if isinstance(precondition, IterativeInverse) else num_train
+    return num_images * _grid_size(precondition.events)
 
 
 def family_of(unit: Unit) -> Family:
@@ -353,6 +438,10 @@ def fill_in_steps(method: Method | Baseline, queries: ImageData) -> Method | Bas
         raise ConfigError(f"{method.name} asks for {asked} steps of a trajectory, {queries.source} has {steps}.")
     events = replace(method.query.events, steps=steps)
     return replace(method, query=replace(method.query, events=events))
+
+
+def _grid_size(grid: Grid) -> int:
+    return grid.timesteps * grid.draws
 
 
 def _query_grid(method: Method) -> Grid | Trajectory:

@@ -1,17 +1,20 @@
-"""Sinks for curvature: what K-FAC and EK-FAC are made of, added up over passes of *sampled* output gradients.
+"""Sinks for curvature: what K-FAC, EK-FAC and DataInf are made of, added up over passes.
 
-Only layers whose weight gradient is G^T A, one matrix for all, have Kronecker factors. Everything else (normalisations,
-embeddings, convolutions in groups, tables) has the mean square of its gradients.
+Only layers whose weight gradient is G^T A, one matrix for all, have Kronecker factors, which are made in passes of
+*sampled* output gradients. Everything else (normalisations, embeddings, convolutions in groups, tables) has the mean
+square of its gradients.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from whence.engine._base import AbstractLayerFactors, MatrixLayerFactors
 from whence.engine.capture import AbstractSink
+from whence.engine.sinks import Layout
 
 _NUMBERS_AT_ONCE = 2**24
 """Of gradients that are rotated at a time."""
@@ -84,6 +87,64 @@ class SecondMomentSink(AbstractSink):
             whole = torch.cat([gradients[some : some + at_once], bias[some : some + at_once]], dim=2)
             total += (out.T @ (whole @ inner)).square().sum(0)
         self.squares[weight] = self.squares[weight] + total if weight in self.squares else total
+
+
+class SquaredLengthSink(AbstractSink):
+    """Adds up the squared lengths of gradients, by parameter over all units, and keeps them by unit."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = {}
+        self._by_parameter: dict[str, Float64[Tensor, " unit"]] = {}
+        self._units: list[Float64[Tensor, " unit"]] = []
+
+    def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
+        """Add one layer's part."""
+        for own, name in names.items():
+            self._by_parameter[name] = factors.norm_squared([own])
+
+    def finish(self) -> None:
+        """Add up the pass."""
+        if self._by_parameter:
+            lengths = torch.stack(list(self._by_parameter.values()))
+            self._units.append(lengths.sum(0))
+            for name, total in zip(self._by_parameter, lengths.sum(1).tolist(), strict=True):
+                self.totals[name] = self.totals.get(name, 0.0) + total
+        self._by_parameter.clear()
+
+    @property
+    def norm_squared(self) -> Float64[Tensor, " unit"]:
+        """Squared length of each unit's gradient, of all passes so far."""
+        return torch.cat(self._units)
+
+
+class RankOneSink(AbstractSink):
+    """Adds up g (g . v) / (d + |g|^2) over units, for each parameter's own g and d (DataInf).
+
+    Args:
+        layout: Order of the parameters.
+        vectors: The v.
+        dampings: The d by parameter; above 0.
+        sums: What is added to.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        vectors: Float[Tensor, "vector param"],
+        dampings: Mapping[str, float],
+        sums: Float[Tensor, "vector param"],
+    ):
+        self.layout, self.vectors, self.dampings, self.sums = layout, vectors, dampings, sums
+
+    def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
+        """Add one layer's part, whose gradients are made twice: the first time for their lengths."""
+        for own, name in names.items():
+            span = self.layout.spans[name]
+            dots, norm_squared = factors.dot({own: self.vectors[:, span]})
+            shares = (dots.double() / (self.dampings[name] + norm_squared)[:, None]).to(self.sums)
+            for _, piece, gradients in factors.pieces([own]):
+                columns = slice(span.start + piece.start, span.start + piece.stop)
+                self.sums[:, columns].addmm_(shares.T, gradients)
 
 
 def has_kronecker_factors(factors: AbstractLayerFactors, names: dict[str, str]) -> bool:

@@ -44,7 +44,8 @@ class GroupNormFactors(AbstractLayerFactors):
             num_events * groups,
             [False, True, True],  # of input, weight, bias
         )
-        return tuple(self._sum_members(x.view(num_events, num_channels)) for x in (weight, bias))
+        weight, bias = (self._sum_members(x.view(num_events, num_channels)) for x in (weight, bias))
+        return weight, bias
 
 
 class AbstractLastAxesFactors(AbstractLayerFactors):

@@ -119,7 +119,56 @@ same timestep, the products then averaged; a replayed visit has one timestep, an
 gradients of different timesteps are compared, and no sum of gradients that disagree gets short.
 """
 
-BeforeProjection = KroneckerInverse | AdamInverse
+
+@dataclass(frozen=True)
+class ConjugateGradientInverse:
+    """The damped inverse of the whole Gauss-Newton matrix of the mean squared error, by conjugate gradients."""
+
+    events: Grid = Grid(timesteps=10)
+    """At which events of the chosen training images the matrix is taken."""
+    num_images: int = 256
+    """At most so many training images, drawn by the seed."""
+    damping: float = 0.1
+    """In multiples of the mean eigenvalue."""
+    tolerance: float = 1e-4
+    """Relative residual at which a solution is good enough."""
+    max_iterations: int = 100
+
+
+@dataclass(frozen=True)
+class LissaInverse:
+    """The same inverse by LiSSA: a Neumann series, each step with a sample of the events, cut off at a depth."""
+
+    events: Grid = Grid(timesteps=10)
+    """At which events of the chosen training images the matrix is taken."""
+    num_images: int = 256
+    """At most so many training images, drawn by the seed."""
+    damping: float = 0.1
+    """In multiples of the mean eigenvalue."""
+    depth: int = 500
+    """Terms of the series."""
+    repeats: int = 4
+    """Series with other samples, of which the mean is taken."""
+    events_per_step: int | None = 64
+    """Events in the sample of a step. None: all, so that the series is that of the whole matrix."""
+    power_iterations: int = 20
+    """Products for the largest eigenvalue, which the scale of the series must exceed; of each repeat's first sample."""
+
+
+@dataclass(frozen=True)
+class DataInfInverse:
+    """The mean of the damped inverses of each training gradient's outer product, parameter by parameter (DataInf)."""
+
+    events: Grid = Grid(timesteps=10)
+    """At which events the gradient of a training image is taken, as the mean over them; all training images count."""
+    damping: float = 0.1
+    """In multiples of the mean square of a parameter's gradients."""
+
+
+IterativeInverse = ConjugateGradientInverse | LissaInverse
+"""Inverses that are known by their products alone."""
+
+BeforeProjection = KroneckerInverse | IterativeInverse | DataInfInverse | AdamInverse
 """Preconditioners of whole gradients: they do not commute with a projection."""
 
 
@@ -144,7 +193,7 @@ class Method:
     @property
     def is_damped(self) -> bool:
         """Whether it has a damping."""
-        return isinstance(self.precondition, RidgeInverse | KroneckerInverse)
+        return self.precondition is not None and not isinstance(self.precondition, AdamInverse)
 
     @property
     def needs_rows(self) -> bool:

@@ -3,15 +3,27 @@
 from dataclasses import dataclass
 
 from whence.methods.frame import (
+    AdamInverse,
     Baseline,
+    ConjugateGradientInverse,
+    DataInfInverse,
     GradientPlan,
     Grid,
     KroneckerInverse,
+    LissaInverse,
     Method,
     Replay,
     RidgeInverse,
     Trajectory,
 )
+
+_MIDDLE = {
+    RidgeInverse: "ridge inverse M",
+    ConjugateGradientInverse: "Gauss-Newton inverse, by conjugate gradients",
+    LissaInverse: "Gauss-Newton inverse, by a series",
+    DataInfInverse: "mean of rank-one inverses",
+    AdamInverse: "1 / Adam's scale",
+}
 
 _AFTER = {
     "none": "",
@@ -63,11 +75,9 @@ def _of_method(method: Method) -> MethodFacts:
     train, query = method.train.events, method.query.events
     outputs = dict.fromkeys([method.train.output, method.query.output])
     inverse = method.precondition
-    middle = ""
-    if isinstance(inverse, KroneckerInverse):
-        middle = inverse.kind
-    elif inverse is not None:
-        middle = "ridge inverse M" if isinstance(inverse, RidgeInverse) else "1 / Adam's scale"
+    middle = (
+        "" if inverse is None else inverse.kind if isinstance(inverse, KroneckerInverse) else _MIDDLE[type(inverse)]
+    )
     meet = "timestep by timestep" if method.meet == "timesteps" else ""
     between = " ".join(filter(None, [middle, meet, _AFTER[method.after]]))
     one_visit = train == Replay("last")
