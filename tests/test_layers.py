@@ -38,6 +38,7 @@ LAYER_OF = {
     "_store_checks": "artifacts",
     "_tensor_file": "artifacts",
     "scores": "artifacts",
+    "ensemble": "artifacts",
     "checkpoints": "checkpoints",
     # stages: loops that turn one artifact into the next
     "training": "stages",
