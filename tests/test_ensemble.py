@@ -56,6 +56,7 @@ def test_everything_is_averaged():
     found = ensemble(members)
     for name in ("values", "phases", "halves"):
         np.testing.assert_allclose(getattr(found, name), np.mean([getattr(m, name) for m in members], axis=0))
+    assert found.phases is not None
     np.testing.assert_allclose(found.phases.sum(1), found.values)
     for name in ("train_norms", "train_timesteps", "train_weights", "query_norms"):
         np.testing.assert_array_equal(getattr(found, name), np.concatenate([getattr(m, name) for m in members]))
@@ -77,6 +78,7 @@ def test_members_are_brought_to_one_size_where_asked():
     sizes = [np.sqrt((m.values**2).mean(1, keepdims=True)) for m in (small, large)]
     want = (small.values / sizes[0] + large.values / sizes[1]) / 2
     np.testing.assert_allclose(found.values, want)
+    assert found.phases is not None
     np.testing.assert_allclose(found.phases.sum(1), want)
     halves = [m.halves / np.sqrt((m.halves**2).mean(-1, keepdims=True)) for m in (small, large)]
     np.testing.assert_allclose(found.halves, np.mean(halves, axis=0))
