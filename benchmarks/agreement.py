@@ -19,7 +19,8 @@ Definitions are brought to one formula before anything is compared:
   (expand), biases the last column of a layer's weight. With the sum over positions (reduce) the keys of attention are
   left out: a softmax does not see what is added to all keys, so their summed gradient is zero, and what an inverse
   makes of its rounding differs from one computation to the next.
-- kronfluence's K-FAC counts positions twice (``kronfluence`` in ``benchmarks/agreement_peers.py``), which is undone.
+- kronfluence's K-FAC takes means over positions on both sides, which is undone (``kronfluence`` in
+  ``benchmarks/agreement_peers.py``).
 
 What remains is a factor that is the same for all scores; it is fitted to the whole table and reported. Measured are, of
 each query, Spearman's correlation over training images, of which the smallest is given, and the length of the
