@@ -222,7 +222,8 @@ def describe_machine(threads: int, device: str, libraries: Sequence[str]) -> dic
     """Say what was measured where."""
     device_name = torch.cuda.get_device_name(device) if device != "cpu" else cpu_name()
     packages = ["torch", "diffusers", "numpy", "whence"]
-    versions = {name: version(name) for name in packages} | (peers.versions() if set(libraries) - {OURS} else {})
+    versions = {name: version(name) for name in packages}
+    versions |= peers.versions(name for name in libraries if name != OURS)
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": device_name,

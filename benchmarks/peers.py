@@ -35,6 +35,7 @@ PYTHON = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python
 PACKAGES = "torch diffusers transformers traker dattri captum opacus".split()
 DEPENDENCIES = "accelerate datasets einops einconv opt_einsum simple-parsing jaxtyping natsort ml_dtypes peft petname"
 WITHOUT_DEPENDENCIES = "kronfluence bergson torchopt optree graphviz bitsandbytes".split()
+WITHOUT_DEPENDENCIES += "curvlinops-for-pytorch backpack-for-pytorch linear_operator".split()
 """Packages that name torchvision, or a range of torch, which would break the environment of all others."""
 
 PROJ_DIM = 512
@@ -58,12 +59,12 @@ def install() -> None:
     stamp.write_text(constraints.read_text())
 
 
-def versions() -> dict[str, str]:
-    """Read the versions of the libraries that are measured, and of torch beside them."""
-    names = [*dict.fromkeys(path.split()[0] for path in PATHS), "torch"]
+def versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Read the versions of libraries, and of torch beside them; nothing if there are none."""
+    names = list(libraries)
     lines = (HERE / "peers-constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
-    return {f"{name} (peers)" if name == "torch" else name: pins[name] for name in names}
+    return {name: pins[name] for name in names} | ({"torch (peers)": pins["torch"]} if names else {})
 
 
 class Predictor(nn.Module):

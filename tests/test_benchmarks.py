@@ -1,4 +1,4 @@
-"""The benchmark of the engine runs and writes what it promises. Its figures want a quiet machine and a longer run."""
+"""Benchmarks run and write what they promise. Figures of costs want a quiet machine and a longer run."""
 
 import json
 import subprocess
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "engine.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPT = BENCHMARKS / "engine.py"
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +53,25 @@ def test_tables_have_a_line_for_every_path(smoke):
     result, text = smoke
     for row in result["rows"]:
         assert f"| {row['path']} |" in text
+
+
+@pytest.fixture(scope="module")
+def agreement(tmp_path_factory):
+    """What the comparison with formulas alone writes on a toy."""
+    folder = tmp_path_factory.mktemp("agreement")
+    files = ["--json", str(folder / "agreement.json"), "--markdown", str(folder / "agreement.md")]
+    command = [sys.executable, str(BENCHMARKS / "agreement.py"), "--smoke", "--no-peers", *files]
+    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    return json.loads((folder / "agreement.json").read_text()), (folder / "agreement.md").read_text()
+
+
+def test_scores_are_those_of_the_formulas(agreement):
+    result, text = agreement
+    names = {row["scores"] for row in result["rows"]}
+    assert {"tracin", "retrac", "retrac-adam", "gas", "trak", "trak, all checkpoints", "d-trak", "das"} <= names
+    for row in result["rows"]:
+        assert row["error"] is None, row
+        assert row["spearman"] > 0.999, row
+        # rows of a store are float32, the optimizer's state too
+        assert row["distance"] < 1e-5 and abs(row["factor"] - 1) < 1e-5, row
+        assert f"| {row['scores']} | formula |" in text

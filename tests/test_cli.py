@@ -396,6 +396,20 @@ def test_stores_are_merged_and_damage_is_named(run, tmp_path, capsys):
     assert "is no store, and there is none" in fails(capsys, "verify", tmp_path)
 
 
+def test_scores_of_two_models_are_averaged(run, images, tmp_path, capsys):
+    other = tmp_path / "other"
+    main(["train", str(images), "--out", str(other), *TRAIN, "--seed", "1"])
+    asked = ["--queries", images / "odd", "--methods", "retrac", *TRACE]
+    members = [answer(capsys, "trace", folder, *asked)["scores"]["retrac"] for folder in (run, other)]
+    mean = answer(capsys, "ensemble", tmp_path / "mean", *members, "--top", "1")
+    assert mean["notes"][0] == "Scores are the mean of 2 members." and len(mean["rows"]) == 3
+    values = [Scores.load(folder).values for folder in (*members, tmp_path / "mean")]
+    np.testing.assert_allclose(values[2], (values[0] + values[1]) / 2, rtol=1e-5)
+    assert answer(capsys, "show", tmp_path / "mean", "--top", "1")["rows"] == mean["rows"]
+    assert "exists; the mean goes into a new folder" in fails(capsys, "ensemble", tmp_path / "mean", *members)
+    assert "at least two members" in fails(capsys, "ensemble", tmp_path / "one", members[0])
+
+
 def test_a_plan_is_printed_before_anything_is_traced(run, images, capsys):
     planned = answer(capsys, "plan", run, "--queries", images, *TRACE)
     assert [row["checkpoint"] for row in planned["rows"]] == [2, 4]

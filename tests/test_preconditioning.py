@@ -58,11 +58,14 @@ def stores(subject, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gradients(subject, toy_train, toy_queries):
-    """Gradients at the last checkpoint by side and output, (sample, timestep, param), and the errors of training."""
-    model = load_model(subject.checkpoints[-1], dtype="float64")
-    scheduler = load_scheduler(subject.checkpoints[-1])
+    """Gradients at the last checkpoint by side and output, (sample, timestep, param)."""
+    return gradients_at(subject.checkpoints[-1], toy_train, toy_queries, ("loss", "squares", "mean"))
+
+
+def gradients_at(checkpoint, toy_train, toy_queries, outputs):
+    model, scheduler = load_model(checkpoint, dtype="float64"), load_scheduler(checkpoint)
     found = {}
-    for output in ("loss", "squares", "mean"):
+    for output in outputs:
         for side, images, grid in (("train", toy_train, (3, 2)), ("query", toy_queries, (5, 4))):
             per_sample = [
                 reference.query_gradients(
@@ -137,6 +140,23 @@ def test_das(subject, stores, gradients, toy_queries, toy_train, tmp_path, metho
     ]
     found = ask(subject, stores["mean"], toy_queries, [method], tmp_path)[method.name]
     check(found, explicit_scores(method, gradients, np.sqrt(squares)))
+
+
+@pytest.mark.parametrize("method", [TRAK, RELATIF_L], ids=lambda method: method.name)
+def test_checkpoints_have_a_ridge_each_and_their_scores_are_added(
+    subject, stores, gradients, toy_train, toy_queries, tmp_path, method
+):
+    over_all = replace(method, name="over all", checkpoints="all")
+    found = ask(subject, stores["loss"], toy_queries, [over_all, method], tmp_path)
+    first = gradients_at(subject.checkpoints[0], toy_train, toy_queries, ("loss",))
+    want = explicit_scores(method, gradients)
+    check(found["over all"], want + explicit_scores(method, first))
+    check(found[method.name], want)
+    assert found["over all"].checkpoint_steps == tuple(c.step for c in subject.checkpoints)
+    ridges = found["over all"].details["preconditioners"]
+    assert len({one["mean_eigenvalue"] for one in ridges.values()}) == 2
+    chosen = ask(subject, stores["loss"], toy_queries, [over_all], tmp_path, damping=None)["over all"]
+    assert all(len(one["tried"]) > 1 for one in chosen.details["preconditioners"].values())
 
 
 @pytest.mark.parametrize("method", [TRACIN_CP, GAS], ids=lambda method: method.name)

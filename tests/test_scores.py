@@ -47,6 +47,15 @@ def test_top_ranks_proponents_and_opponents():
     np.testing.assert_array_equal(scores.top_rows(2), [[2, 0], [3, 0]])
 
 
+def test_the_content_hash_is_that_of_the_manifest(tmp_path):
+    scores = make_scores()
+    scores.save(tmp_path / "scores")
+    manifest = json.loads((tmp_path / "scores" / "manifest.json").read_text())
+    assert scores.content_hash == manifest["manifest_sha256"] == Scores.load(tmp_path / "scores").content_hash
+    assert make_scores(method="tracin").content_hash != scores.content_hash
+    assert make_scores(values=scores.values + 1).content_hash != scores.content_hash
+
+
 @pytest.mark.parametrize("k", [0, -1])
 def test_a_ranking_has_at_least_one_place(k):
     with pytest.raises(ConfigError, match=f"k must be above 0, found {k}"):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from whence.config import TrainingSettings as TrainingSettings
     from whence.data import ImageData as ImageData
     from whence.data import open_images as open_images
+    from whence.ensemble import ensemble as ensemble
     from whence.methods import GradientPlan as GradientPlan
     from whence.methods import Grid as Grid
     from whence.methods import Method as Method
@@ -37,6 +38,7 @@ _HOME = {
     "TrainingSettings": "whence.config",
     "ImageData": "whence.data",
     "open_images": "whence.data",
+    "ensemble": "whence.ensemble",
     "GradientPlan": "whence.methods",
     "Grid": "whence.methods",
     "Method": "whence.methods",

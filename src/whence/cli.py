@@ -21,13 +21,15 @@ from whence.config import (
     DataSettings,
     IndexSettings,
     LossName,
+    MemberImages,
+    MemberScale,
     ModelSettings,
     QuerySettings,
     RowsDtype,
     TraceSettings,
     TrainingSettings,
 )
-from whence.errors import ConfigError, WhenceError
+from whence.errors import ConfigError, ScoresError, WhenceError
 
 if TYPE_CHECKING:
     from whence.pipeline import Run
@@ -362,6 +364,40 @@ def merge(target: Positional[Path], sources: Positional[tuple[Path, ...]], /, *,
     _print_table(["step", "images", "rows"], rows, json, store=str(target), shards_taken_over=count)
 
 
+def ensemble(
+    out: Positional[Path],
+    members: Positional[tuple[Path, ...]],
+    /,
+    *,
+    scale: MemberScale = "none",
+    images: MemberImages = "same",
+    top: int = 5,
+    json: bool = False,
+) -> None:
+    """Average the scores of independently trained models, and print the rankings.
+
+    Args:
+        out: New folder for the mean.
+        members: Folders of scores of one method for the same queries, such as RUN/scores/trak-stored-0123abcd.
+        scale: none: scores as they are. unit_mean_square: each member's scores of each query divided by their root mean
+            square first, so that members with larger gradients do not decide.
+        images: same: all members must score the same training images. held: each image is averaged over the members
+            that have it, for models of subsets.
+        top: Training images to print for each query.
+        json: Print the rankings as JSON.
+
+    Raises:
+        ScoresError: If the new folder is there already, or members do not belong together.
+    """
+    from whence.ensemble import ensemble as average
+    from whence.scores import Scores
+
+    if out.exists():
+        raise ScoresError(f"{out} exists; the mean goes into a new folder. Give another name, or remove it.")
+    average(members, scale=scale, images=images).save(out)
+    _print_rankings([Scores.load(out)], top, json)
+
+
 def self_(
     run: Positional[Path],
     /,
@@ -521,6 +557,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "methods": methods,
         "verify": verify,
         "merge": merge,
+        "ensemble": ensemble,
         "show": show,
     }
     warnings.showwarning = _show_warning

@@ -15,6 +15,8 @@ DtypeName = Literal["float32", "float64"]
 ProjectionKind = Literal["two_sided_sketch", "two_sided", "sketch", "gaussian", "rademacher", "identity"]
 RowsDtype = Literal["float16", "bfloat16", "float32"]
 AutocastName = Literal["no", "bf16", "fp16"]
+MemberScale = Literal["none", "unit_mean_square"]
+MemberImages = Literal["same", "held"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from least noise to most), half (of the noise draws), checkpoint and timestep.
 
 import json
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from whence._files import as_json, publish_folder, sha256_of_file, sha256_of_json, write_json
 from whence.errors import ConfigError, ScoresError
@@ -125,6 +126,12 @@ class Scores:
         with np.errstate(invalid="ignore", divide="ignore"):
             r = (first * second).sum(-1) / np.sqrt((first**2).sum(-1) * (second**2).sum(-1))
             return 2 * r / (1 + r)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over all that :meth:`save` writes; the manifest's own hash on disk."""
+        arrays = {name: np.ascontiguousarray(array) for name, array in self._arrays.items()}
+        return sha256_of_json(self._manifest(sha256(save(arrays)).hexdigest()))
 
     def save(self, folder: str | Path) -> None:
         """Write to ``folder``, which appears whole or not at all."""
