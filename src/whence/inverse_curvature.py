@@ -24,7 +24,7 @@ from whence._files import sha256_of_json
 from whence.checkpoints import Checkpoint
 from whence.config import TraceSettings
 from whence.curvature.iterative import conjugate_gradient, largest_eigenvalue, lissa, relative_residuals
-from whence.curvature.kronecker import KroneckerCurvature
+from whence.curvature.kronecker import NEGLIGIBLE, KroneckerCurvature
 from whence.data import ImageData
 from whence.diffusion.noise import keyed_order
 from whence.engine.curvature_sinks import RankOneSink, SquaredLengthSink
@@ -46,9 +46,6 @@ from whence.workload import PASSES_PER_PRODUCT, curvature_passes
 
 SCALE_MARGIN = 1.1
 """LiSSA's scale, over the largest eigenvalue that was found: power iteration finds it from below."""
-
-NEGLIGIBLE = 100
-"""Gradients of a root mean square below so many units of rounding of that over all parameters are rounding."""
 
 LARGE_RESIDUAL = 0.1
 """Relative residual of a truncated series above which there is a warning."""

@@ -117,3 +117,18 @@ def test_other_parameters_have_mean_squares():
     assert {name: squares.shape for name, squares in sink.squares.items()} == {
         name: p.shape for name, p in model.named_parameters()
     }
+
+
+def test_a_layer_whose_gradients_are_rounding_is_left_out():
+    tiny = covariance(2, 1) * 1e-30  # eps of float64 is 2e-16
+    blocks = {
+        "keys.weight": KroneckerBlock.of(tiny, covariance(3, 2)),
+        "a.weight": KroneckerBlock.of(covariance(2, 3), covariance(3, 4)),
+    }
+    curvature = KroneckerCurvature(blocks, {"idle": torch.zeros(2).double()})
+    spans = {"keys.weight": slice(0, 6), "a.weight": slice(6, 12), "idle": slice(12, 14)}
+    vectors = random(3, 14)
+    want = blocks["a.weight"].solve(vectors[:, 6:12].unflatten(1, (2, 3)), 0.1).flatten(1)
+    found = curvature.solve_(vectors.clone(), spans, 0.1)
+    torch.testing.assert_close(found[:, 6:12], want)
+    assert not found[:, :6].any() and not found[:, 12:].any()

@@ -9,7 +9,8 @@ own entries in that basis in the place of g_j a_k. A bias is the last column of 
 divided by the mean square of their gradient, damped.
 
 The damping of each layer is a multiple of the mean of what it is added to: curvature differs by orders of magnitude
-from layer to layer.
+from layer to layer. A layer whose gradients are rounding alone, as those of attention keys summed over positions, has a
+curvature to match, which would blow them up; it is left out.
 """
 
 from collections.abc import Mapping
@@ -20,6 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from whence.errors import ConfigError
+
+NEGLIGIBLE = 100
+"""Gradients of a root mean square below so many units of rounding of that over all parameters are rounding."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,12 @@ class KroneckerCurvature:
         unknown = [name for name in spans if name not in held]
         if unknown:
             raise ConfigError(f"There is no curvature of {', '.join(unknown)}. Make it of the same parameters.")
+        least = self._negligible_square
         for name, block in self.blocks.items():
+            if block.eigenvalues.mean() <= least:
+                for parameter in filter(None, [name, block.bias]):
+                    vectors[:, spans[parameter]] = 0
+                continue
             num_out, num_inner = block.eigenvalues.shape
             has_bias = block.bias is not None
             weight = vectors[:, spans[name]].unflatten(1, (num_out, num_inner - has_bias))
@@ -92,7 +101,15 @@ class KroneckerCurvature:
                 vectors[:, spans[block.bias]] = solved[..., -1]
         for name, squares in self.squares.items():
             flat = squares.flatten()
-            # A parameter without any gradient stays as it is: zero.
-            damped = flat + damping * flat.mean()
-            vectors[:, spans[name]] /= torch.where(damped > 0, damped, 1)
+            if flat.mean() <= least:
+                vectors[:, spans[name]] = 0
+            else:
+                vectors[:, spans[name]] /= flat + damping * flat.mean()
         return vectors
+
+    @property
+    def _negligible_square(self) -> float:
+        """Mean square below which a parameter's gradients are rounding."""
+        of_all = [block.eigenvalues for block in self.blocks.values()] + list(self.squares.values())
+        mean = sum(float(x.sum()) for x in of_all) / sum(x.numel() for x in of_all)
+        return (NEGLIGIBLE * torch.finfo(of_all[0].dtype).eps) ** 2 * mean
