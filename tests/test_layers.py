@@ -62,6 +62,8 @@ LAYER_OF = {
     "event_table": "stages",
     "gradients": "stages",
     "attribution": "stages",
+    "encoders": "stages",
+    "similarity": "stages",
     "plan": "stages",
     "retraining": "stages",
     "evaluation": "stages",

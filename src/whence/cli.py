@@ -115,7 +115,7 @@ def trace(
     Args:
         model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
         queries: Query images: folders, files, or demo-queries.
-        methods: Any of tracin, retrac, grad-dot, grad-cos, pixels, random.
+        methods: Any that `whence methods` lists with trace.
         data: Training images. A run knows its own.
         out: Folder for scores and report, where the model was not trained by whence.
         loss: Training loss of a model without a record. Default: mse.
@@ -156,7 +156,7 @@ def plan(
     Args:
         model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
         queries: Query images: folders, files, or demo-queries.
-        methods: Any of tracin, retrac, grad-dot, grad-cos, pixels, random.
+        methods: Any that `whence methods` lists with trace.
         data: Training images. A run knows its own.
         out: Folder for scores and report, where the model was not trained by whence.
         loss: Training loss of a model without a record. Default: mse.

@@ -164,6 +164,15 @@ class GradientSettings(ComputeSettings):
 class TraceSettings(QuerySettings, GradientSettings):
     """How queries are compared with training images. What is not given is as the method declares it."""
 
+    vae: str | None = None
+    """For vae and vae-dot: folder of an AutoencoderKL or of a pipeline that has one; or hub:NAME, to download it."""
+    clip: str | None = None
+    """For clip and clip-dot: folder of a CLIP model that transformers saved, with its preprocessor; or hub:NAME."""
+    encoder: str | None = None
+    """For embeddings and embeddings-dot: folder of a transformers model with its preprocessor; hub:NAME; or
+    module:function or FILE.py:function, which maps images (float32, in [-1, 1], image x channel x height x width) to
+    one row of features each."""
+
 
 @dataclass(frozen=True)
 class IndexSettings(GradientSettings):

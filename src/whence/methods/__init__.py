@@ -1,7 +1,17 @@
 """Every method as a declaration in one frame; see :mod:`whence.methods.frame`."""
 
 from whence.errors import ConfigError
-from whence.methods.baselines import PIXELS, RANDOM
+from whence.methods.baselines import (
+    CLIP,
+    CLIP_DOT,
+    EMBEDDINGS,
+    EMBEDDINGS_DOT,
+    PIXELS,
+    PIXELS_DOT,
+    RANDOM,
+    VAE,
+    VAE_DOT,
+)
 from whence.methods.frame import (
     AdamInverse,
     Baseline,
@@ -18,16 +28,21 @@ from whence.methods.trak import D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, REN
 
 __all__ = [
     "AdamInverse",
+    "CLIP",
+    "CLIP_DOT",
     "DAS",
     "DAS_SIGNED",
     "D_TRAK",
     "EKFAC",
+    "EMBEDDINGS",
+    "EMBEDDINGS_DOT",
     "GAS",
     "GRAD_COS",
     "GRAD_DOT",
     "KFAC",
     "METHODS",
     "PIXELS",
+    "PIXELS_DOT",
     "RANDOM",
     "RELATIF",
     "RELATIF_L",
@@ -38,6 +53,8 @@ __all__ = [
     "TRACIN_ADAM",
     "TRACIN_CP",
     "TRAK",
+    "VAE",
+    "VAE_DOT",
     "Baseline",
     "GradientPlan",
     "Grid",
@@ -52,7 +69,7 @@ _ALL = (
     *(TRACIN, RETRAC, TRACIN_ADAM, RETRAC_ADAM, TRACIN_CP, GRAD_DOT, GRAD_COS, GAS),
     *(TRAK, D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED),
     *(KFAC, EKFAC),
-    *(PIXELS, RANDOM),
+    *(PIXELS, PIXELS_DOT, VAE, VAE_DOT, CLIP, CLIP_DOT, EMBEDDINGS, EMBEDDINGS_DOT, RANDOM),
 )
 METHODS: dict[str, Method | Baseline] = {method.name: method for method in _ALL}
 """Every method by its name."""
