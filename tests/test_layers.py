@@ -65,6 +65,7 @@ LAYER_OF = {
     "encoders": "stages",
     "similarity": "stages",
     "plan": "stages",
+    "plan_index": "stages",
     "retraining": "stages",
     "evaluation": "stages",
     # views: read only

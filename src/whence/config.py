@@ -4,8 +4,8 @@ The command line makes its flags from these, a run keeps them in ``config.yaml``
 its help text. Units stand in the names; a timestep is an integer in 0..T-1.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, TypeVar
 
 LossName = Literal["mse", "l1"]
 OutputName = Literal["loss", "squares", "mean", "l1", "l2", "max"]
@@ -15,6 +15,7 @@ DtypeName = Literal["float32", "float64"]
 ProjectionKind = Literal["two_sided_sketch", "two_sided", "sketch", "gaussian", "rademacher", "identity"]
 RowsDtype = Literal["float16", "bfloat16", "float32"]
 AutocastName = Literal["no", "bf16", "fp16"]
+SettingsT = TypeVar("SettingsT", "TraceSettings", "IndexSettings", "QuerySettings")
 
 
 @dataclass(frozen=True)
@@ -200,3 +201,12 @@ class IndexSettings(GradientSettings):
     """Type of the rows on disk."""
     norms: Literal["exact", "projected"] = "exact"
     """Lengths of gradients: exact, or those of the projected gradients, which take less time and are less exact."""
+
+
+@dataclass(frozen=True)
+class PlanSettings(TraceSettings, IndexSettings):
+    """Settings of a trace, or of an index and queries to it."""
+
+    def part(self, kind: type[SettingsT]) -> SettingsT:
+        """Give those of one command."""
+        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
