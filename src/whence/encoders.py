@@ -1,5 +1,7 @@
 """Encoders: what turns images into features that are compared without any gradient.
 
+::
+
     vae          the mode of an AutoencoderKL's posterior, less its shift and times its scaling factor
     clip         image features of a CLIP model of transformers
     embeddings   of any model of transformers: its image features where it has a text side too, else its pooled output,

@@ -1,5 +1,7 @@
 """Similarity: scores without gradients, by features of images that are kept from one set of queries to the next.
 
+::
+
     cache/embeddings/<key>/about.json                     what the features are, of which encoder and images
     cache/embeddings/<key>/features-<row>.safetensors     those of a block of images; row is its first
 
