@@ -200,7 +200,9 @@ def serve(paths: Mapping[str, GradientPath]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get between the answers
     warnings.simplefilter("ignore")
-    torch.backends.cudnn.allow_tf32 = False  # PyTorch's default; whence's passes are without it, and so is the plain one
+    torch.backends.cudnn.allow_tf32 = (
+        False  # PyTorch's default; whence's passes are without it, and so is the plain one
+    )
     # To fork is safe as long as the parent has no threads of torch, which it starts where more than one is allowed.
     torch.set_num_threads(1 if args.memory else args.threads)
     worker = Worker(paths, args.case, args.threads, args.device)

@@ -410,6 +410,7 @@ def test_scores_of_two_models_are_averaged(run, images, tmp_path, capsys):
     assert "at least two members" in fails(capsys, "ensemble", tmp_path / "one", members[0])
 
 
+@pytest.mark.filterwarnings("default:width has no effect")
 def test_a_plan_is_printed_before_anything_is_traced(run, images, capsys):
     planned = answer(capsys, "plan", run, "--queries", images, *TRACE)
     assert [row["checkpoint"] for row in planned["rows"]] == [2, 4]
@@ -418,8 +419,12 @@ def test_a_plan_is_printed_before_anything_is_traced(run, images, capsys):
     assert planned["passes"] == sum(row["in all"] for row in planned["rows"]) == 2 * (48 + 6)
     assert planned["minutes"] >= 0 and planned["memory_bytes"] > 0 and planned["scores_bytes"] > 0
     assert "index_bytes" not in planned and not (run / "scores").exists()
-    main(["plan", str(run), "--queries", str(images), *TRACE, "--index"])
-    printed = capsys.readouterr().out
+    for queries in ([], ["--queries", str(images), *TRACE]):
+        main(["plan", str(run), *queries, "--index", "--width", "64", "--rows", "float32"])
+        printed = capsys.readouterr().out
+        assert "index" in printed and ("tracin+retrac" in printed) == bool(queries)
+    main(["plan", str(run), "--queries", str(images), *TRACE, "--width", "64"])
+    assert "note: width has no effect: it is no setting of whence trace" in capsys.readouterr().err
     assert re.search(r"^memory: \d+MiB$", printed, re.MULTILINE) and "index: " in printed
     assert "smallest bound that does" in fails(capsys, "plan", run, "--queries", images, *TRACE, "--memory", "1MiB")
 

@@ -66,7 +66,10 @@ LAYER_OF = {
     "event_table": "stages",
     "gradients": "stages",
     "attribution": "stages",
+    "encoders": "stages",
+    "similarity": "stages",
     "plan": "stages",
+    "plan_index": "stages",
     "retraining": "stages",
     "evaluation": "stages",
     # views: read only

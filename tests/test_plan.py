@@ -12,8 +12,8 @@ from whence.config import TraceSettings
 from whence.errors import ConfigError
 from whence.gradients import GradientSource
 from whence.memory import measure_footprint
-from whence.methods import GRAD_COS, PIXELS, RETRAC, TRACIN
-from whence.plan import StoreShape, plan
+from whence.methods import EKFAC, GRAD_COS, PIXELS, RETRAC, TRACIN
+from whence.plan import plan
 from whence.progress import progress_bar
 from whence.record import Record
 from whence.subject import Subject
@@ -125,15 +125,12 @@ def test_a_bound_that_is_too_small_is_refused(subject, toy_queries, tmp_path):
         plan(subject, toy_queries, [RETRAC], replace(SETTINGS, memory="2MiB"), tmp_path)
 
 
-def test_an_index_takes_the_training_images_once(subject, toy_queries, tmp_path, three_turns):
-    shape = StoreShape(width=64, dtype="float16")
-    planned = plan(subject, toy_queries, [TRACIN, RETRAC], three_turns, tmp_path, index=shape)
+def test_passes_for_curvature_are_part_of_a_checkpoints_passes(subject, toy_queries, tmp_path):
+    planned = plan(subject, toy_queries, [EKFAC], SETTINGS, tmp_path)
     (one,) = planned.passes
-    assert (one.turns, planned.cache_bytes) == (1, 0)
-    rows = sum(count.train for count in one.passes)
-    assert planned.store_bytes == pytest.approx(rows * (64 * 2 + 24) + 2 * 10 * 87)  # and the sidecars of ten images
-    wide = plan(subject, toy_queries, [TRACIN, RETRAC], SETTINGS, tmp_path, index=replace(shape, width=128))
-    assert wide.store_bytes - planned.store_bytes == rows * 64 * 2
+    (count,) = one.passes
+    assert count.curvature == 10 * 10 * 2  # ten images, ten timesteps, twice
+    assert one.at_checkpoint(count) == one.sample_passes == 3 * 5 * 4 + 10 * 10 + 10 * 10 * 2
 
 
 def test_a_model_without_a_record(subject, toy_queries, tmp_path, bars):

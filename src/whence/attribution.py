@@ -4,25 +4,26 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy import ndarray
 
 from whence._files import sha256_of_json
 from whence.checkpoints import check_same_architecture
 from whence.config import AutocastName, DtypeName, GradientSettings, TraceSettings, WeightsName
 from whence.data import ImageData
-from whence.diffusion.noise import noise_key, normals
+from whence.encoders import SETTINGS as ENCODER_SETTINGS
+from whence.encoders import Encoder, find_encoder
 from whence.errors import ConfigError, ScoresError, check_choice
 from whence.event_table import check_same_data
 from whence.memory import Limits, choose_limits, measure_footprint, parse_memory
 from whence.methods import Baseline, Grid, Method, Replay
-from whence.methods.frame import AdamInverse, BeforeProjection, ReplayedVisits, Trajectory
+from whence.methods.frame import AdamInverse, BaselineKind, BeforeProjection, Product, ReplayedVisits, Trajectory
 from whence.scores import Scores
+from whence.similarity import score_baseline
 from whence.streaming import StreamingPass, claim
 from whence.subject import Subject
 from whence.training import check_device
@@ -47,6 +48,8 @@ def declare(
         The declaration as it will be computed, and notes for the reader.
     """
     if isinstance(method, Baseline):
+        if method.kind in ENCODER_SETTINGS and method.encoder is None:
+            method = replace(method, encoder=getattr(settings, ENCODER_SETTINGS[method.kind]))
         return method, []
     query = method.query
     if isinstance(query.events, Grid):  # anything else is refused by check_method
@@ -110,13 +113,14 @@ def trace(
 
     def save(scores: Scores, computed_with: dict[str, Any]) -> None:
         name = scores.method
-        notes = work.notes[name] + notes_on(scores, subject, settings) + _notes_on_solutions(scores)
+        notes = work.notes[name] + scores.notes + notes_on(scores, subject, settings) + _notes_on_solutions(scores)
         details = scores.details | work.specs[name] | {"notes": notes} | computed_with
         replace(scores, details=details).save(work.folders[name])
 
-    for baseline in work.baselines:
-        if baseline in work.wanted:
-            save(_baseline(baseline, subject, queries, settings), {})
+    for baseline in (baseline for baseline in work.baselines if baseline in work.wanted):
+        images, cache_folder = (subject.train, queries), folder / "cache" / "embeddings"
+        scores = score_baseline(baseline, work.encoders, *images, settings, cache_folder, show_progress=show_progress)
+        save(scores, {name: value for name, value in scores.details.items() if name == "computed_with"})
     footprint = cache(lambda: measure_footprint(subject, settings, products=work.needs_products))
     limits = [
         choose_limits(load.demand, settings, footprint) if work.is_wanted(load) or settings.memory is None else None
@@ -139,6 +143,8 @@ class TraceWork:
     wanted: list[Method | Baseline]
     """Those whose scores are not on disk."""
     baselines: list[Baseline]
+    encoders: dict[Baseline, Encoder]
+    """Those of the baselines that have one."""
     loads: list[Workload]
     """Methods of one load share a pass, be they wanted or not: which ones do decides how its sums are rounded."""
 
@@ -173,7 +179,9 @@ def prepare(
     _check_query_size(subject.train, queries)
     if subject.record is not None:
         check_same_data(subject.record, subject.train)
-    specs = {method.name: _spec(method, subject, queries, settings) for method in declared}
+    baselines = [method for method in declared if isinstance(method, Baseline)]
+    encoders = _find_encoders(baselines, subject, settings)
+    specs = {method.name: _spec(method, encoders, subject, queries, settings) for method in declared}
     for method, notes in pairs:
         notes += _notes_on_trajectories(queries, specs[method.name])
     folders = {name: folder / "scores" / f"{name}-{sha256_of_json(spec)[:8]}" for name, spec in specs.items()}
@@ -183,7 +191,8 @@ def prepare(
         {method.name: notes for method, notes in pairs},
         folders,
         wanted=[method for method in declared if not (folders[method.name] / "manifest.json").exists()],
-        baselines=[method for method in declared if isinstance(method, Baseline)],
+        baselines=baselines,
+        encoders=encoders,
         loads=[Workload(subject, queries, group, settings) for group in groups],
     )
 
@@ -281,6 +290,19 @@ def _check_methods(methods: Sequence[Method | Baseline], settings: TraceSettings
     for method in methods:
         if isinstance(method, Method):
             check_method(method, settings)
+        else:
+            check_choice("kind of baseline", method.kind, BaselineKind)
+            check_choice("product", method.product, Product)
+
+
+def _find_encoders(baselines: Sequence[Baseline], subject: Subject, settings: TraceSettings) -> dict[Baseline, Encoder]:
+    """Find the encoders of baselines; two that have the same share it."""
+    for kind, setting in ENCODER_SETTINGS.items():
+        if getattr(settings, setting) is not None and not any(baseline.kind == kind for baseline in baselines):
+            warnings.warn(f"{setting} has no effect: none of these methods is {kind} or {kind}-dot.", stacklevel=4)
+    find = cache(partial(find_encoder, train=subject.train, device=settings.device, allow_pickle=subject.allow_pickle))
+    alike = {baseline: replace(baseline, name=baseline.kind, product="cosine", source="") for baseline in baselines}
+    return {baseline: find(alike[baseline]) for baseline in baselines if baseline.is_encoded}
 
 
 def check_streamed(work: "TraceWork") -> None:
@@ -312,13 +334,28 @@ def _groups(methods: Sequence[Method]) -> list[list[Method]]:
     return list(groups.values())
 
 
-def _spec(method: Method | Baseline, subject: Subject, queries: ImageData, settings: TraceSettings) -> dict[str, Any]:
+def _spec(
+    method: Method | Baseline,
+    encoders: Mapping[Baseline, Encoder],
+    subject: Subject,
+    queries: ImageData,
+    settings: TraceSettings,
+) -> dict[str, Any]:
     """All that the scores depend on, but for rounding: two specs with one hash have the same scores."""
     asked = {"fingerprint": queries.fingerprint, "num_images": len(queries)}
     if isinstance(method, Baseline):
         train = {"fingerprint": subject.train.fingerprint, "num_images": len(subject.train)}
         seed = {"seed": settings.seed} if method.kind == "random" else {}
-        return {"version": SCORING_VERSION, "method": asdict(method), **seed, "train": train, "queries": asked}
+        encoder = {"encoder": encoders[method].identity} if method in encoders else {}
+        declared = asdict(replace(method, encoder=None))  # it counts by what it is, not by where it lies
+        return {
+            "version": SCORING_VERSION,
+            "method": declared,
+            **seed,
+            **encoder,
+            "train": train,
+            "queries": asked,
+        }
     kinds = {"events": type(method.train.events).__name__, "query_events": type(method.query.events).__name__}
     used = subject.used_checkpoints(method.checkpoints)
     if isinstance(method.query.events, Trajectory) and queries.trajectories is not None:
@@ -400,22 +437,6 @@ def _notes_on_solutions(scores: Scores) -> list[str]:
         for step, found in scores.details.get("preconditioners", {}).items()
         if "residual" in found
     ]
-
-
-def _baseline(baseline: Baseline, subject: Subject, queries: ImageData, settings: TraceSettings) -> Scores:
-    """Score without a model: cosine of pixels, or keyed random numbers."""
-    if baseline.kind == "pixels":
-        train, query = (_unit_rows(images.pixels(range(len(images)))) for images in (subject.train, queries))
-        values = (query @ train.T).astype(np.float32)
-    else:
-        keys = [noise_key(settings.seed, "order", "query", query_id, 0) for query_id in queries.ids]
-        values = np.stack([normals(key, (len(subject.train),)) for key in keys])
-    return Scores(baseline.name, queries.ids, subject.train.ids, values)
-
-
-def _unit_rows(pixels: ndarray) -> ndarray:
-    rows = pixels.reshape(len(pixels), -1).astype(np.float64)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 def _check_query_size(train: ImageData, queries: ImageData) -> None:

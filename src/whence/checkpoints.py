@@ -171,7 +171,7 @@ def load_model(
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NumericsError(f"{folder}: parameter {name} holds NaN or infinite values. Leave this checkpoint out.")
     model.load_state_dict(state)
-    with _quiet_diffusers():
+    with quiet_diffusers():
         return model.to(device, getattr(torch, dtype)).eval()
 
 
@@ -352,7 +352,7 @@ def _make_from_config(path: Path, config: dict[str, Any], kind: Literal["model",
     if not issubclass(made_of, getattr(diffusers, "ModelMixin" if kind == "model" else "SchedulerMixin")):
         raise CheckpointError(f"{path} must name a class of {kind}s; {name} of diffusers is not one. Restore the file.")
     try:
-        with _quiet_diffusers(), torch.random.fork_rng(devices=[]):  # weights are drawn, then replaced
+        with quiet_diffusers(), torch.random.fork_rng(devices=[]):  # weights are drawn, then replaced
             return made_of.from_config(config)
     except Exception as error:  # a constructor raises whatever it likes about values that it does not know
         raise CheckpointError(f"No {name} can be made from {path}: {error}") from error
@@ -369,7 +369,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet_diffusers() -> Iterator[None]:
+def quiet_diffusers() -> Iterator[None]:
     """Keep diffusers from reporting configuration keys that it does not use, and casts that change nothing."""
     from diffusers.utils import logging
 

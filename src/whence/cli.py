@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,8 +24,8 @@ from whence.config import (
     MemberImages,
     MemberScale,
     ModelSettings,
+    PlanSettings,
     QuerySettings,
-    RowsDtype,
     TraceSettings,
     TrainingSettings,
 )
@@ -152,7 +152,7 @@ def trace(
     Args:
         model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
         queries: Query images: folders, files, or demo-queries.
-        methods: Any of tracin, retrac, grad-dot, grad-cos, pixels, random.
+        methods: Any that `whence methods` lists with trace.
         data: Training images. A run knows its own.
         out: Folder for scores and report, where the model was not trained by whence.
         loss: Training loss of a model without a record. Default: mse.
@@ -173,48 +173,48 @@ def plan(
     model: Positional[Path],
     /,
     *,
-    queries: tuple[str, ...],
+    queries: tuple[str, ...] = (),
     methods: tuple[str, ...] = ("tracin", "retrac"),
     data: str | None = None,
     out: Path | None = None,
     loss: LossName | None = None,
     allow_pickle: bool = False,
     index: bool = False,
-    width: int = 4096,
-    rows: RowsDtype = "float16",
     data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
-    settings: Flat[TraceSettings] = TraceSettings(),  # noqa: B008
+    settings: Flat[PlanSettings] = PlanSettings(),  # noqa: B008
     json: bool = False,
 ) -> None:
-    """Say what `whence trace` with the same options will cost: passes, minutes, memory, disk. Nothing is traced.
+    """Say what `whence trace`, or `whence index`, will cost: passes, minutes, memory, disk. Nothing is run.
 
     Takes some seconds, in which a few batches are timed. What is on disk already costs nothing.
 
     Args:
         model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
-        queries: Query images: folders, files, or demo-queries.
-        methods: Any of tracin, retrac, grad-dot, grad-cos, pixels, random.
+        queries: Query images: folders, files, or demo-queries. Not needed with index.
+        methods: Any that `whence methods` lists with trace.
         data: Training images. A run knows its own.
         out: Folder for scores and report, where the model was not trained by whence.
         loss: Training loss of a model without a record. Default: mse.
         allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
-        index: Plan an index of projected gradients and queries to it, instead of a trace.
-        width: Numbers in a row of the index.
-        rows: Type of the index's rows.
+        index: Plan `whence index`, and `whence query` where there are queries, instead of a trace.
         data_settings: How images are read. Default: as the run did.
-        settings: Size of the grids, arithmetic, memory, batch sizes.
+        settings: Those of whence trace; or, with index, of whence index and whence query.
         json: Print the plan as JSON.
     """
     from whence.memory import format_memory
     from whence.pipeline import open_run
-    from whence.plan import StoreShape
 
     run = open_run(model, data=data, data_settings=_given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle)
-    shape = StoreShape(width, rows) if index else None
-    made = run.plan(queries, methods, settings, index=shape)
-    columns = ["methods", "checkpoint", "batch size", "query passes", "turns", "training passes a turn", "in all"]
+    _warn_of_vain(settings, index)
+    if index:
+        asked = settings.part(QuerySettings)
+        made = run.plan_index(settings.part(IndexSettings), queries=queries, methods=methods, asked=asked)
+    else:
+        made = run.plan(queries, methods, settings.part(TraceSettings))
+    columns = ["methods", "checkpoint", "batch size", "query passes", "turns", "training passes a turn"]
+    columns += ["curvature passes", "in all"]
     table = [
-        ["+".join(one.methods), c.step, one.batch_size, c.query, one.turns, c.train, c.query + one.turns * c.train]
+        ["+".join(one.methods), c.step, one.batch_size, c.query, one.turns, c.train, c.curvature, one.at_checkpoint(c)]
         for one in made.passes
         for c in one.passes
     ]
@@ -595,6 +595,16 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 def _given(settings: DataSettings) -> dict[str, Any]:
     """Keep what differs from the defaults: the rest is as the run did it."""
     return {name: value for name, value in vars(settings).items() if value != getattr(DataSettings(), name)}
+
+
+def _warn_of_vain(settings: PlanSettings, index: bool) -> None:
+    """Say which settings belong to the command that is not planned."""
+    used = [IndexSettings, QuerySettings] if index else [TraceSettings]
+    names = {field.name for kind in used for field in fields(kind)}
+    given = [f.name for f in fields(PlanSettings) if getattr(settings, f.name) != f.default and f.name not in names]
+    for name in given:
+        command = "index and query" if index else "trace"
+        warnings.warn(f"{name} has no effect: it is no setting of whence {command}.", stacklevel=3)
 
 
 def _show_events(

@@ -4,8 +4,8 @@ The command line makes its flags from these, a run keeps them in ``config.yaml``
 its help text. Units stand in the names; a timestep is an integer in 0..T-1.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, TypeVar
 
 LossName = Literal["mse", "l1"]
 OutputName = Literal["loss", "squares", "mean", "l1", "l2", "max"]
@@ -17,6 +17,7 @@ RowsDtype = Literal["float16", "bfloat16", "float32"]
 AutocastName = Literal["no", "bf16", "fp16"]
 MemberScale = Literal["none", "unit_mean_square"]
 MemberImages = Literal["same", "held"]
+SettingsT = TypeVar("SettingsT", "TraceSettings", "IndexSettings", "QuerySettings")
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,15 @@ class GradientSettings(ComputeSettings):
 class TraceSettings(QuerySettings, GradientSettings):
     """How queries are compared with training images. What is not given is as the method declares it."""
 
+    vae: str | None = None
+    """For vae and vae-dot: folder of an AutoencoderKL or of a pipeline that has one; or hub:NAME, to download it."""
+    clip: str | None = None
+    """For clip and clip-dot: folder of a CLIP model that transformers saved, with its preprocessor; or hub:NAME."""
+    encoder: str | None = None
+    """For embeddings and embeddings-dot: folder of a transformers model with its preprocessor; hub:NAME; or
+    module:function or FILE.py:function, which maps images (float32, in [-1, 1], image x channel x height x width) to
+    one row of features each."""
+
 
 @dataclass(frozen=True)
 class IndexSettings(GradientSettings):
@@ -194,3 +204,12 @@ class IndexSettings(GradientSettings):
     """Type of the rows on disk."""
     norms: Literal["exact", "projected"] = "exact"
     """Lengths of gradients: exact, or those of the projected gradients, which take less time and are less exact."""
+
+
+@dataclass(frozen=True)
+class PlanSettings(TraceSettings, IndexSettings):
+    """Settings of a trace, or of an index and queries to it."""
+
+    def part(self, kind: type[SettingsT]) -> SettingsT:
+        """Give those of one command."""
+        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})

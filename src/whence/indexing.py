@@ -17,7 +17,8 @@ sum`` ``norm_rms``, the root of the mean square of the units' lengths.
 import hashlib
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from whence.attribution import check_gradient_settings
 from whence.checkpoints import Checkpoint, check_same_architecture
 from whence.config import IndexSettings, OutputName, ProjectionKind, RowsDtype
 from whence.data import ImageData
-from whence.errors import ConfigError, check_choice
+from whence.errors import ConfigError, StoreError, check_choice
 from whence.event_table import EventTable, check_same_data, grid_events
 from whence.gradients import GradientSource
 from whence.memory import choose_limits, measure_footprint
@@ -39,7 +40,7 @@ from whence.preconditioning import ERROR
 from whence.progress import progress_bar
 from whence.projections import AbstractProjection
 from whence.store import Block, Store
-from whence.store_spec import make_spec, plan_of, projection_of, settle, weight_rules
+from whence.store_spec import is_made_of, make_spec, plan_of, projection_of, settle, weight_rules
 from whence.streaming import rms_by_image
 from whence.subject import Subject
 from whence.workload import Demand
@@ -77,19 +78,89 @@ def index(
         StoreError: If images have changed since the store was begun.
         NumericsError: If a gradient is not finite.
     """
+    settings = settle_index(subject, settings, part)
+    full = find_full_store(subject, settings, folder, part)
+    if full is not None:
+        return full
+    ready = prepare_index(subject, settings, folder)
+    found = ready.store
+    store = Store.create(found.folder, found.spec, width=found.width, dtype=found.dtype)
+    Indexing(subject, ready.settings, store, part).run(ready, show_progress)
+    return store
+
+
+@dataclass(frozen=True)
+class ReadyIndex:
+    """What an index needs of a model."""
+
+    settings: IndexSettings
+    """With the batch size that was chosen."""
+    source: GradientSource
+    """The last checkpoint."""
+    projection: AbstractProjection
+    store: Store
+    """Where the rows go; maybe not yet on disk."""
+
+
+def settle_index(subject: Subject, settings: IndexSettings, part: Part | None = None) -> IndexSettings:
+    """Check the settings of an index, and take out what has no effect.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: If they contradict each other.
+        CheckpointError: If the checkpoints differ in architecture.
+    """
     _check_settings(settings, part)
     check_same_architecture(subject.checkpoints, settings.weights_name)
     if subject.record is not None:
         check_same_data(subject.record, subject.train)
     settings, vain = settle(settings, has_record=subject.record is not None)
     for sentence in vain:
-        warnings.warn(sentence, stacklevel=2)
+        warnings.warn(sentence, stacklevel=3)
     with_draws = plan_of(settings, has_record=subject.record is not None)
     if isinstance(with_draws, Grid) and with_draws.draws > settings.batch_size:
         raise ConfigError(
             f"batch_size must hold all draws of a timestep ({with_draws.draws}), found {settings.batch_size}."
         )
-    settings = replace(settings, batch_size=_choose_batch_size(subject, settings))
+    return settings
+
+
+def find_full_store(subject: Subject, settings: IndexSettings, folder: Path, part: Part | None = None) -> Store | None:
+    """Find the store that settled settings ask for, if all is in it, without loading a model.
+
+    Under a bound on memory, the batch size, which rounding depends on, follows from the model: it is not looked for.
+
+    Returns:
+        The store, or None.
+    """
+    for manifest in sorted((folder / "stores").glob("*/manifest.json")) if settings.memory is None else []:
+        try:
+            store = Store.open(manifest.parent)
+        except StoreError:  # a damaged one of other settings is none of this one's business
+            continue
+        if is_made_of(store, subject, settings) and not any(Indexing(subject, settings, store, part).todo.values()):
+            return store
+    return None
+
+
+def prepare_index(subject: Subject, settings: IndexSettings, folder: Path) -> ReadyIndex:
+    """Load the last checkpoint and say what its rows are; nothing is written.
+
+    Args:
+        subject: Checkpoints, training images and record.
+        settings: As :func:`settle_index` gives them.
+        folder: The run.
+
+    Returns:
+        What is needed to fill the store.
+
+    Raises:
+        ConfigError: If the memory allowed does not suffice.
+    """
+    limits = choose_limits(index_demand(subject, settings), settings, lambda: measure_footprint(subject, settings))
+    settings = replace(settings, batch_size=limits.batch_size)
     last = subject.used_checkpoints(settings.checkpoints)[-1]
     source = subject.source(last, settings).of(settings.output)
     direct = source.rank_one_parameters(subject.train)
@@ -100,9 +171,8 @@ def index(
     projection = projection_of(source, about, direct)
     spec = make_spec(subject, settings, projection, direct)
     name = Store(Path(), spec, projection.width, settings.rows).spec_sha256[:16]
-    store = Store.create(folder / "stores" / name, spec, width=projection.width, dtype=settings.rows)
-    _Indexing(subject, settings, store, projection, part).run(source, last, show_progress)
-    return store
+    store = Store(folder / "stores" / name, spec, projection.width, settings.rows)
+    return ReadyIndex(settings, source, projection, store)
 
 
 def notes_on_store(store: Store) -> list[str]:
@@ -153,9 +223,14 @@ def _check_settings(settings: IndexSettings, part: Part | None) -> None:
     check_gradient_settings(settings, positive=("width", "side"), faults=faults)
 
 
-def _choose_batch_size(subject: Subject, settings: IndexSettings) -> int:
+def index_demand(subject: Subject, settings: IndexSettings) -> Demand:
+    """Say what is held in memory, but for its size.
+
+    Returns:
+        The tables of a projection, and a batch.
+    """
     events = plan_of(settings, has_record=subject.record is not None)
-    demand = Demand(
+    return Demand(
         num_queries=1,
         vectors_per_query=1,
         query_grid=None,
@@ -165,45 +240,60 @@ def _choose_batch_size(subject: Subject, settings: IndexSettings) -> int:
         draws=events.draws if isinstance(events, Grid) else 1,
         held="the tables of a projection",  # of a sketch: a sign for each number of a gradient
     )
-    return choose_limits(demand, settings, lambda: measure_footprint(subject, settings)).batch_size
 
 
-class _Indexing:
+class Indexing:
     """One run over all blocks that are not finished."""
 
-    def __init__(
-        self,
-        subject: Subject,
-        settings: IndexSettings,
-        store: Store,
-        projection: AbstractProjection,
-        part: Part | None,
-    ):
-        self.subject, self.settings, self.store = subject, settings, store
-        self.projection, self.part = projection, part
+    def __init__(self, subject: Subject, settings: IndexSettings, store: Store, part: Part | None = None):
+        self.subject, self.settings, self.store, self.part = subject, settings, store, part
         self.images = subject.train
         self.events = plan_of(settings, has_record=subject.record is not None)
         self.rules = weight_rules(self.events, settings.keep, has_record=subject.record is not None)
         self._tables: dict[tuple[int, WeightsRule], EventTable] = {}
-        self.contents = dict(zip(self.images.ids, content_hashes(self.images), strict=True))
 
-    def run(self, source: GradientSource, source_of: Checkpoint, show_progress: bool) -> None:
-        """Fill the store, the last checkpoint first: its model is loaded already."""
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """Hash of each image."""
+        return dict(zip(self.images.ids, content_hashes(self.images), strict=True))
+
+    @cached_property
+    def todo(self) -> dict[Checkpoint, list[Block]]:
+        """Blocks to compute, the last checkpoint first: its model is loaded already."""
         order = self.subject.used_checkpoints(self.settings.checkpoints)[::-1]
-        todo = {checkpoint.step: self._blocks(checkpoint) for checkpoint in order}
-        total = sum(self._num_events(c, block) for c in order for block in todo[c.step])
+        return {checkpoint: self._blocks(checkpoint) for checkpoint in order}
+
+    def run(self, ready: ReadyIndex, show_progress: bool) -> None:
+        """Fill the store."""
+        source, loaded = ready.source, next(iter(self.todo))
+        total = sum(self.num_events(c, block) for c, blocks in self.todo.items() for block in blocks)
         with progress_bar("index", total, "pass", shown=show_progress) as bar:
-            for checkpoint in (c for c in order if todo[c.step]):
-                if checkpoint is not source_of:
+            for checkpoint, blocks in self.todo.items():
+                if not blocks:
+                    continue
+                if checkpoint is not loaded:
                     source = self.subject.source(checkpoint, self.settings).of(self.settings.output)
                 source.check(self.images)
                 bar.set_description_str(f"{f'index at {checkpoint.step}':<24}")
-                for block in todo[checkpoint.step]:
+                for block in blocks:
                     with self.store.claim(checkpoint.step, block) as mine:
                         if mine:
-                            self._write(source, checkpoint, block, bar.update)
+                            self._write(source, ready.projection, checkpoint, block, bar.update)
                         else:
-                            bar.update(self._num_events(checkpoint, block))
+                            bar.update(self.num_events(checkpoint, block))
+
+    def num_events(self, checkpoint: Checkpoint, block: Block) -> int:
+        """Count the sample-passes of a block."""
+        if isinstance(self.events, Grid):
+            return len(block) * self.events.timesteps * self.events.draws
+        return len(self._replayed(checkpoint, block, "learning_rate")[1])
+
+    def num_rows(self, checkpoint: Checkpoint, block: Block) -> int:
+        """Count the rows of a block."""
+        if isinstance(self.events, Grid):
+            return len(block) * (1 if self.settings.keep == "sum" else self.events.timesteps)
+        sample, _ = self._replayed(checkpoint, block, "learning_rate")
+        return len(np.unique(sample)) if self.settings.keep == "sum" else len(sample)
 
     def _blocks(self, checkpoint: Checkpoint) -> list[Block]:
         blocks = self.store.plan_blocks(
@@ -217,13 +307,13 @@ class _Indexing:
         size = self.settings.block_size
         return [b for b, start in zip(blocks, starts, strict=True) if start // size % count == which - 1]
 
-    def _num_events(self, checkpoint: Checkpoint, block: Block) -> int:
-        if isinstance(self.events, Grid):
-            return len(block) * self.events.timesteps * self.events.draws
-        return len(self._replayed(checkpoint, block, "learning_rate")[1])
-
     def _write(
-        self, source: GradientSource, checkpoint: Checkpoint, block: Block, update: Callable[[int], Any]
+        self,
+        source: GradientSource,
+        projection: AbstractProjection,
+        checkpoint: Checkpoint,
+        block: Block,
+        update: Callable[[int], Any],
     ) -> None:
         units_of = self._grid_units if isinstance(self.events, Grid) else self._replay_units
         draws = self.events.draws if isinstance(self.events, Grid) else 1
@@ -232,7 +322,7 @@ class _Indexing:
         rows, norms = source.rows(
             table,
             self.images,
-            self.projection,
+            projection,
             update,
             with_norms=self.settings.norms == "exact",
             events_per_unit=draws,

@@ -36,7 +36,8 @@ from whence.evaluation import retrieval_table
 from whence.event_table import EventBatch, EventTable, grid_events, make_batch
 from whence.indexing import Part, index
 from whence.methods import Baseline, GradientPlan, Grid, Method, Trajectory, method_by_name
-from whence.plan import Plan, StoreShape, plan
+from whence.plan import Plan, plan
+from whence.plan_index import plan_index
 from whence.querying import query
 from whence.record import Record, read_manifest
 from whence.replay_check import CheckRow, check_run
@@ -145,8 +146,6 @@ class Run:
         queries: Images,
         methods: Methods = ("tracin", "retrac"),
         settings: TraceSettings | None = None,
-        *,
-        index: StoreShape | None = None,
         **changes: Any,
     ) -> Plan:
         """Say what :meth:`trace` will cost: passes, minutes, turns, memory, disk. Nothing is written.
@@ -155,7 +154,6 @@ class Run:
             queries: Query images, or where they are.
             methods: Names of methods, or declarations of your own.
             settings: As for :meth:`trace`.
-            index: Plan an index with rows of this shape, and queries to it, instead.
             **changes: Single settings by name.
 
         Returns:
@@ -163,7 +161,32 @@ class Run:
         """
         settings = replace(settings or TraceSettings(), **changes)
         images = self.open_queries(queries)
-        return plan(self.subject, images, _declared(methods), settings, self.folder, index=index)
+        return plan(self.subject, images, _declared(methods), settings, self.folder)
+
+    def plan_index(
+        self,
+        settings: IndexSettings | None = None,
+        *,
+        queries: Images = (),
+        methods: Methods = ("tracin", "retrac"),
+        asked: QuerySettings | None = None,
+        **changes: Any,
+    ) -> Plan:
+        """Say what :meth:`index`, and :meth:`query` after it, will cost; see :mod:`whence.plan_index`.
+
+        Args:
+            settings: As for :meth:`index`.
+            queries: Query images, or where they are. Without, only the index is planned.
+            methods: As for :meth:`query`.
+            asked: Settings of :meth:`query`.
+            **changes: Single settings of the index by name, as ``width=8192``.
+
+        Returns:
+            The plan.
+        """
+        settings = replace(settings or IndexSettings(), **changes)
+        images = self.open_queries(queries) if _parts(queries) else None
+        return plan_index(self.subject, settings, self.folder, queries=images, methods=_declared(methods), asked=asked)
 
     def index(
         self,

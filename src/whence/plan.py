@@ -2,7 +2,7 @@
 
 Counts are those of the pass itself (:mod:`whence.workload`), memory is what bounds it (:mod:`whence.memory`), and
 minutes come from a few batches of both kinds of pass, on the actual model, at the actual batch size. What is on disk
-already costs nothing. With an index, training images go through the model once, however many queries follow.
+already costs nothing. The plan of an index has a module of its own, :mod:`whence.plan_index`.
 """
 
 import time
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from whence.attribution import TraceWork, check_streamed, describe_arithmetic, prepare
-from whence.config import RowsDtype, TraceSettings
+from whence.config import TraceSettings
 from whence.data import ImageData
 from whence.event_table import grid_events
 from whence.gradients import GradientSource, points_at_once
@@ -30,14 +30,6 @@ from whence.workload import PassCount, Workload
 
 BATCHES = 3
 """Batches of each kind of pass that are timed; the first, which is slower, is not counted."""
-
-
-@dataclass(frozen=True)
-class StoreShape:
-    """The rows that an index would keep."""
-
-    width: int = 4096
-    dtype: RowsDtype = "float16"
 
 
 @dataclass(frozen=True)
@@ -72,8 +64,11 @@ class PlannedPass:
     @property
     def sample_passes(self) -> int:
         """Forward and backward passes of one sample, in all."""
-        per_turn = sum(count.train + count.curvature_per_turn for count in self.passes)
-        return self.turns * per_turn + sum(count.query + count.curvature for count in self.passes)
+        return sum(map(self.at_checkpoint, self.passes))
+
+    def at_checkpoint(self, count: PassCount) -> int:
+        """Count the sample-passes at one checkpoint."""
+        return count.query + count.curvature + self.turns * (count.train + count.curvature_per_turn)
 
 
 @dataclass(frozen=True)
@@ -116,8 +111,6 @@ def plan(
     methods: Sequence[Method | Baseline],
     settings: TraceSettings,
     folder: Path,
-    *,
-    index: StoreShape | None = None,
 ) -> Plan:
     """Say what :func:`whence.attribution.trace` with the same arguments will cost.
 
@@ -127,7 +120,6 @@ def plan(
         methods: Declarations.
         settings: Size of the grids, arithmetic, batch size, memory.
         folder: The run; only read.
-        index: Plan an index of rows of this shape, and queries to it, instead.
 
     Returns:
         The plan.
@@ -136,18 +128,17 @@ def plan(
         ConfigError: If settings contradict each other, or the memory allowed does not suffice.
     """
     work = prepare(subject, queries, methods, settings, folder)
-    if index is None:
-        check_streamed(work)
+    check_streamed(work)
     footprint = cache(lambda: measure_footprint(subject, settings, products=work.needs_products))
-    passes = [_plan_pass(load, footprint(), index) for load in work.loads if work.is_wanted(load)]
-    return Plan(passes, sum(_blank_scores(work, method, subject, queries).num_bytes for method in work.wanted))
+    passes = [_plan_pass(load, footprint()) for load in work.loads if work.is_wanted(load)]
+    return Plan(passes, sum(blank_scores(work, method, subject, queries).num_bytes for method in work.wanted))
 
 
-def _plan_pass(load: Workload, footprint: Footprint, index: StoreShape | None) -> PlannedPass:
-    demand = load.demand if index is None else replace(load.demand, num_queries=0, vectors_per_query=0)
+def _plan_pass(load: Workload, footprint: Footprint) -> PlannedPass:
+    demand = load.demand
     limits = choose_limits(demand, load.settings, lambda: footprint)
     turns = num_turns(demand, footprint, limits.query_bytes)
-    rates = _measure(replace(load, settings=replace(load.settings, batch_size=limits.batch_size)), limits, index)
+    rates = _measure(replace(load, settings=replace(load.settings, batch_size=limits.batch_size)), limits)
     query = sum(count.query for count in load.passes)
     train = load.num_passes(turns) - query
     return PlannedPass(
@@ -157,8 +148,8 @@ def _plan_pass(load: Workload, footprint: Footprint, index: StoreShape | None) -
         batch_size=limits.batch_size,
         seconds=len(load.checkpoints) * rates.setup_s + query * rates.query_s + train * rates.train_s,
         peak_bytes=peak_bytes(demand, footprint, limits),
-        cache_bytes=_cache_bytes(load, turns, footprint, rates) if index is None else 0,
-        store_bytes=_store_bytes(load, index) if index else 0,
+        cache_bytes=_cache_bytes(load, turns, footprint, rates),
+        store_bytes=0,
     )
 
 
@@ -177,19 +168,12 @@ def _cache_bytes(load: Workload, turns: int, footprint: Footprint, rates: Rates)
     return len(load.checkpoints) * tiles + (kept + solved) * sums
 
 
-def _store_bytes(load: Workload, shape: StoreShape) -> int:
-    """Count rows with their columns, and the sidecars' ids and hashes."""
-    num_train = len(load.subject.train)
-    grid = load.train_events if isinstance(load.train_events, Grid) else None
-    rows = [num_train * grid.timesteps if grid else count.train for count in load.passes]
-    row_bytes = shape.width * (4 if shape.dtype == "float32" else 2)
-    columns = 4 + 4 + 8 + 8  # norm, sample, timestep, weight
-    sidecars = sum(len(i) for i in load.subject.train.ids) + 80 * num_train
-    return sum(rows) * (row_bytes + columns) + len(load.passes) * sidecars
+def blank_scores(work: TraceWork, method: Method | Baseline, subject: Subject, queries: ImageData) -> Scores:
+    """Make scores of the right shape that take no memory.
 
-
-def _blank_scores(work: TraceWork, method: Method | Baseline, subject: Subject, queries: ImageData) -> Scores:
-    """Make scores of the right shape that take no memory."""
+    Returns:
+        The scores of one method, all zero.
+    """
     num_query, num_train = len(queries), len(subject.train)
     blank = Scores(
         method=method.name,
@@ -223,19 +207,19 @@ def _zeros(*shape: int, dtype: str = "float64") -> np.ndarray:
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _measure(load: Workload, limits: Limits, index: StoreShape | None) -> Rates:
+def _measure(load: Workload, limits: Limits) -> Rates:
     """Time a few batches of both sides at the last checkpoint."""
     started_s = time.perf_counter()
     source = load.subject.source(load.checkpoints[-1], load.settings)
     source.check(load.subject.train)
     setup_s = time.perf_counter() - started_s
-    held = 0 if index else len(load.split_queries(source.layout.num_params, limits.query_bytes)[0])
+    held = len(load.split_queries(source.layout.num_params, limits.query_bytes)[0])
     shape = (held * load.vectors_per_query, source.layout.num_params)
     vectors = source.no_vectors().new_full(shape, 1e-3)  # such that no product is too small for a fast multiplication
     return Rates(
         setup_s,
-        query_s=_seconds_per_pass(lambda update: _query_batches(load, source, update)),
-        train_s=_seconds_per_pass(lambda update: _train_batches(load, source, vectors, update)),
+        query_s=seconds_per_pass(lambda update: _query_batches(load, source, update)),
+        train_s=seconds_per_pass(lambda update: _train_batches(load, source, vectors, update)),
     )
 
 
@@ -274,8 +258,15 @@ def _train_batches(
     )
 
 
-def _seconds_per_pass(run: Callable[[Callable[[int], Any]], None]) -> float:
-    """Time batches as they report that they are done."""
+def seconds_per_pass(run: Callable[[Callable[[int], Any]], Any]) -> float:
+    """Time batches as they report that they are done.
+
+    Args:
+        run: Makes batches and calls what it is given with the number of sample-passes of each.
+
+    Returns:
+        Seconds for a sample-pass; the first batch, which is slower, is not counted.
+    """
     counts, seconds = [], []
 
     def update(num_events: int) -> None:

@@ -22,7 +22,7 @@ from whence._array_files import read_arrays, write_arrays
 from whence._files import sha256_of_json
 from whence._store_checks import list_differences, name_ids
 from whence.assembly import inverse, make_scores, sample_lengths, split_products
-from whence.attribution import load_own_scores, notes_on, prepare
+from whence.attribution import TraceWork, load_own_scores, notes_on, prepare
 from whence.checkpoints import Checkpoint
 from whence.config import QuerySettings
 from whence.data import ImageData
@@ -87,10 +87,7 @@ def query(
     for load in work.loads:
         for method in load.methods:
             check_serves(store, method, subject)
-    about_store = {"store": store.spec_sha256} | ({} if top is None else {"top": top})
-    specs = {name: spec | about_store for name, spec in work.specs.items()}
-    kind = "stored" if top is None else f"top{top}"
-    folders = {name: folder / "scores" / f"{name}-{kind}-{sha256_of_json(s)[:8]}" for name, s in specs.items()}
+    specs, folders = places_of_scores(work, store, folder, top)
     finished = "manifest.json" if top is None else "top.json"
     wanted = [name for name, path in folders.items() if not (path / finished).exists()]
     if wanted:
@@ -109,6 +106,29 @@ def query(
     if top is not None:
         return {name: TopScores.load(path) for name, path in folders.items()}
     return {name: load_own_scores(path, specs[name]) for name, path in folders.items()}
+
+
+def places_of_scores(
+    work: TraceWork, store: Store, folder: Path, top: int | None = None
+) -> tuple[dict[str, dict[str, Any]], dict[str, Path]]:
+    """Say what the scores of each method depend on, and where they lie.
+
+    Returns:
+        Both by the method's name.
+    """
+    about_store = {"store": store.spec_sha256} | ({} if top is None else {"top": top})
+    specs = {name: spec | about_store for name, spec in work.specs.items()}
+    kind = "stored" if top is None else f"top{top}"
+    return specs, {name: folder / "scores" / f"{name}-{kind}-{sha256_of_json(s)[:8]}" for name, s in specs.items()}
+
+
+def find_missing(load: Workload, store: Store, folder: Path) -> dict[Checkpoint, list[int]]:
+    """Find the queries whose gradients are not kept yet.
+
+    Returns:
+        Their rows at each checkpoint.
+    """
+    return _StoredPass(load, store, folder / "cache" / "queries", show_progress=False).missing()
 
 
 def _notes_on_rows(store: Store, load: Workload, name: str) -> list[str]:
@@ -300,13 +320,14 @@ class _StoredPass:
     def _path(self, step: int, row: int) -> Path:
         return self.cache / self.keys[row] / f"{step:08d}.safetensors"
 
+    def missing(self) -> dict[Checkpoint, list[int]]:
+        """Give the queries whose gradients are not kept yet."""
+        rows = range(len(self.work.queries))
+        return {c: [row for row in rows if not self._path(c.step, row).exists()] for c in self.work.checkpoints}
+
     def _fill_cache(self) -> None:
         """Take the gradients of the queries that are not kept yet."""
-        work = self.work
-        missing = {
-            c: [row for row in range(len(work.queries)) if not self._path(c.step, row).exists()]
-            for c in work.checkpoints
-        }
+        work, missing = self.work, self.missing()
         per_query = work.query_grid.timesteps * work.query_grid.draws
         total = per_query * sum(map(len, missing.values()))
         with progress_bar("query", total, "pass", shown=self.show_progress) as bar:

@@ -157,7 +157,8 @@ class Store:
     @property
     def steps(self) -> list[int]:
         """Steps of the checkpoints of which there is a finished shard, in order."""
-        names = (name for name in os.listdir(self.folder) if STEP_FOLDER.fullmatch(name))
+        there = os.listdir(self.folder) if self.folder.exists() else []  # a store that is only planned has none
+        names = (name for name in there if STEP_FOLDER.fullmatch(name))
         return sorted(step for step in map(int, names) if self.shards(step))
 
     def shards(self, step: int) -> list[Shard]:

@@ -86,6 +86,21 @@ def make_spec(
     Returns:
         The specification, in plain values.
     """
+    spec = spec_without_model(subject, settings)
+    spec["space"]["parameters"] = {name: list(shape) for name, shape in projection.space.shapes.items()}
+    spec["space"]["projection"] |= {"width": projection.width, "direct": sorted(map(canonical_name, direct))}
+    return as_json(spec)
+
+
+def spec_without_model(subject: Subject, settings: IndexSettings) -> dict[str, Any]:
+    """Say of the rows of a store what can be said before a model is loaded.
+
+    What is left out (the parameters, and of the projection its width and which parameters have rank one) follows from
+    this and the settings.
+
+    Returns:
+        The specification but for that, in plain values.
+    """
     has_record = subject.record is not None
     about = subject.describe(subject.used_checkpoints(settings.checkpoints), settings)
     del about["train"]  # a store grows with its data set
@@ -93,13 +108,10 @@ def make_spec(
     space = {
         "checkpoints": about.pop("checkpoints"),
         "weights_name": about.pop("weights_name"),
-        "parameters": {name: list(shape) for name, shape in projection.space.shapes.items()},
         "projection": {
             "kind": settings.projection,
             "seed": settings.projection_seed,
             "side": settings.side,
-            "width": projection.width,
-            "direct": sorted(map(canonical_name, direct)),
             "version": PROJECTION_VERSION,
         },
     }
@@ -120,6 +132,20 @@ def make_spec(
         "block_size": settings.block_size,
     }
     return as_json({"space": space, "provenance": provenance})
+
+
+def is_made_of(store: Store, subject: Subject, settings: IndexSettings) -> bool:
+    """Tell, without a model, whether a store is the one that settings ask for.
+
+    Returns:
+        Whether it is, for settings whose batch size is final.
+    """
+    space, provenance = dict(store.spec.get("space", {})), store.spec.get("provenance", {})
+    space.pop("parameters", None)
+    space["projection"] = {k: v for k, v in space.get("projection", {}).items() if k not in ("width", "direct")}
+    has_width = settings.projection in _OWN_WIDTH or store.width == settings.width
+    found = {"space": space, "provenance": provenance}
+    return has_width and store.dtype == settings.rows and found == spec_without_model(subject, settings)
 
 
 def events_of(spec: Mapping[str, Any]) -> Replay | Grid:

@@ -1,7 +1,17 @@
 """Every method as a declaration in one frame; see :mod:`whence.methods.frame`."""
 
 from whence.errors import ConfigError
-from whence.methods.baselines import PIXELS, RANDOM
+from whence.methods.baselines import (
+    CLIP,
+    CLIP_DOT,
+    EMBEDDINGS,
+    EMBEDDINGS_DOT,
+    PIXELS,
+    PIXELS_DOT,
+    RANDOM,
+    VAE,
+    VAE_DOT,
+)
 from whence.methods.frame import (
     AdamInverse,
     Baseline,
@@ -34,11 +44,15 @@ from whence.methods.trak import D_TRAK, DAS, DAS_SIGNED, JOURNEY_TRAK, RELATIF, 
 
 __all__ = [
     "AdamInverse",
+    "CLIP",
+    "CLIP_DOT",
     "DAS",
     "DATAINF",
     "DAS_SIGNED",
     "D_TRAK",
     "EKFAC",
+    "EMBEDDINGS",
+    "EMBEDDINGS_DOT",
     "GAS",
     "GRAD_COS",
     "GRAD_DOT",
@@ -50,6 +64,7 @@ __all__ = [
     "MATCHED_DOT",
     "METHODS",
     "PIXELS",
+    "PIXELS_DOT",
     "RANDOM",
     "RELATIF",
     "RELATIF_L",
@@ -61,6 +76,8 @@ __all__ = [
     "TRACIN_ADAM",
     "TRACIN_CP",
     "TRAK",
+    "VAE",
+    "VAE_DOT",
     "Baseline",
     "ConjugateGradientInverse",
     "DataInfInverse",
@@ -80,7 +97,7 @@ _ALL = (
     *(MATCHED_COS, MATCHED_DOT, RETRAC_MATCHED),
     *(TRAK, JOURNEY_TRAK, D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED),
     *(KFAC, EKFAC, INFLUENCE_CG, LISSA, DATAINF),
-    *(PIXELS, RANDOM),
+    *(PIXELS, PIXELS_DOT, VAE, VAE_DOT, CLIP, CLIP_DOT, EMBEDDINGS, EMBEDDINGS_DOT, RANDOM),
 )
 METHODS: dict[str, Method | Baseline] = {method.name: method for method in _ALL}
 """Every method by its name."""

@@ -8,8 +8,9 @@ timestep, ``psi`` is the query's gradient at the timestep of ``e``, and not a su
 model and draws no noise.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from whence.config import OutputName
 
@@ -201,10 +202,26 @@ class Method:
         return isinstance(self.precondition, RidgeInverse) or self.after != "none" or self.squared
 
 
+BaselineKind = Literal["pixels", "vae", "clip", "embeddings", "random"]
+"""What of images a baseline compares: pixels, latents of a VAE, image features of a CLIP model, features of any
+encoder; or nothing."""
+
+Product = Literal["cosine", "dot"]
+
+
 @dataclass(frozen=True)
 class Baseline:
-    """A way to score that needs no model."""
+    """A way to score that takes no gradients: how alike images are by features of theirs."""
 
     name: str
-    kind: Literal["pixels", "random"]
+    kind: BaselineKind
+    product: Product = "cosine"
+    """How the features of two images are compared; not at random."""
+    encoder: str | Callable[..., Any] | None = None
+    """Where features come from, as :mod:`whence.encoders` reads it. None: what the settings say for the kind."""
     source: str = ""
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether it needs an encoder."""
+        return self.kind not in ("pixels", "random")

@@ -33,6 +33,8 @@ _AFTER = {
     "residual": "x error / (1 - phi M phi)",
 }
 
+_ENCODER_OPTIONS = {"vae": "--vae", "clip": "--clip", "embeddings": "--encoder"}
+
 
 @dataclass(frozen=True)
 class MethodFacts:
@@ -107,13 +109,13 @@ def _of_baseline(baseline: Baseline) -> MethodFacts:
         gradients_of="",
         training="",
         query="",
-        between="",
+        between="" if baseline.kind == "random" else baseline.product,
         checkpoints="",
-        commands="trace",
+        commands=f"trace {_ENCODER_OPTIONS[baseline.kind]}" if baseline.is_encoded else "trace",
         passes_per_training_image=0,
         passes_per_query=0,
         rows_per_training_image=0,
-        sign="similar is positive" if baseline.kind == "pixels" else "none",
+        sign="none" if baseline.kind == "random" else "similar is positive",
         source=baseline.source,
     )
 
