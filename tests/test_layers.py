@@ -38,6 +38,7 @@ LAYER_OF = {
     "_store_checks": "artifacts",
     "_tensor_file": "artifacts",
     "scores": "artifacts",
+    "ground_truth": "artifacts",
     "checkpoints": "checkpoints",
     # stages: loops that turn one artifact into the next
     "training": "stages",
@@ -63,7 +64,11 @@ LAYER_OF = {
     "gradients": "stages",
     "attribution": "stages",
     "plan": "stages",
+    "subsets": "stages",
+    "measuring": "stages",
     "retraining": "stages",
+    "lds": "stages",
+    "datamodels": "stages",
     "evaluation": "stages",
     # views: read only
     "report": "views",
@@ -347,7 +352,16 @@ sys.meta_path.insert(0, Refuse())
 
 
 @pytest.mark.parametrize(
-    "module", ["whence", "whence.scores", "whence.data", "whence.record", "whence.report", "whence.store"]
+    "module",
+    [
+        "whence",
+        "whence.scores",
+        "whence.ground_truth",
+        "whence.data",
+        "whence.record",
+        "whence.report",
+        "whence.store",
+    ],
 )
 def test_imports_without_torch(module: str):
     run_python(f"{REFUSE_TORCH}\nimport {module}")
