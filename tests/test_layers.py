@@ -67,6 +67,8 @@ LAYER_OF = {
     "subsets": "stages",
     "measuring": "stages",
     "retraining": "stages",
+    "_trainers": "stages",
+    "_workers": "stages",
     "lds": "stages",
     "datamodels": "stages",
     "evaluation": "stages",

@@ -1,6 +1,7 @@
 """The order of the stages, over one folder: a *run*.
 
-    run/ config.yaml  record/  checkpoints/  generated/  stores/  scores/  report/  cache/
+    run/ config.yaml  record/  checkpoints/  generated/  stores/  scores/  retraining/  ground_truth/  evaluation/
+         report/  cache/
 
 ``config.yaml`` says where the images are and how they are read, and, for a model that whence did not train, where that
 is.
@@ -26,6 +27,7 @@ from whence.config import (
     LossName,
     ModelSettings,
     QuerySettings,
+    RetrainingSettings,
     TraceSettings,
     TrainingSettings,
 )
@@ -33,6 +35,7 @@ from whence.data import ImageData, concatenate, open_images, save_arrays
 from whence.errors import ConfigError, DataError, RecordError, ScoresError, check_choice
 from whence.evaluation import retrieval_table
 from whence.event_table import EventBatch, EventTable, grid_events, make_batch
+from whence.ground_truth import GroundTruth
 from whence.indexing import Part, index
 from whence.methods import Baseline, GradientPlan, Grid, Method, method_by_name
 from whence.plan import Plan, StoreShape, plan
@@ -40,6 +43,7 @@ from whence.querying import query
 from whence.record import Record, read_manifest
 from whence.replay_check import CheckRow, check_run
 from whence.report import write_report
+from whence.retraining import retrain
 from whence.sampling import sample_images
 from whence.scores import Scores, TopScores
 from whence.self_influence import Kind, SelfInfluenceCost, self_influence, self_influence_cost
@@ -254,6 +258,30 @@ class Run:
         return self_influence(
             self.subject, kind, settings or TraceSettings(), self.folder, method=declared, show_progress=show_progress
         )
+
+    def retrain(
+        self,
+        queries: Mapping[str, Images],
+        settings: RetrainingSettings | None = None,
+        *,
+        show_progress: bool = True,
+        **changes: Any,
+    ) -> GroundTruth:
+        """Train models again on subsets of the training set and measure queries; run again, it goes on from there.
+
+        Args:
+            queries: Query images, or where they are, by the name of their set, such as validation and generated.
+            settings: Subsets, seeds, training, measuring, processes. More than one worker needs
+                ``if __name__ == "__main__":`` around what a script does.
+            show_progress: Show a progress bar.
+            **changes: Single settings by name, as ``subsets=32``.
+
+        Returns:
+            The ground truth, which is also in ``ground_truth/``; see :mod:`whence.ground_truth`.
+        """
+        settings = replace(settings or RetrainingSettings(), **changes)
+        opened = {name: self.open_queries(images) for name, images in queries.items()}
+        return retrain(self.subject, opened, settings, self.folder, show_progress=show_progress)
 
     def check(self, *, device: str = "cpu") -> list[CheckRow]:
         """Compare the record with itself and with the checkpoints; see :mod:`whence.replay_check`.
