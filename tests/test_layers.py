@@ -359,6 +359,7 @@ sys.meta_path.insert(0, Refuse())
         "whence",
         "whence.scores",
         "whence.ground_truth",
+        "whence.lds",
         "whence.data",
         "whence.record",
         "whence.report",
