@@ -24,6 +24,7 @@ def small_truth(num_subsets=6, num_seeds=2, num_queries=3, num_train=5, seed=0) 
         seeds=tuple(range(num_seeds)),
         query_ids=tuple(f"query-{k}" for k in range(num_queries)),
         query_sets=tuple("generated" if k % 2 else "validation" for k in range(num_queries)),
+        query_hashes=tuple(f"{k}" * 8 for k in range(num_queries)),
         measures=("loss", "mse"),
         outputs=rng.normal(size=(2, num_subsets, num_seeds, num_queries)),
         timesteps=np.tile(np.arange(4) * 10, (num_queries, 1)),
@@ -90,6 +91,7 @@ def test_a_selection_keeps_what_belongs_together():
     truth = small_truth()
     part = truth.select(subsets=[4, 1], queries=[2])
     assert part.query_ids == ("query-2",) and part.query_sets == ("validation",)
+    assert part.query_hashes == ("22222222",)
     assert part.models == (truth.models[4], truth.models[1])
     np.testing.assert_array_equal(part.output("mse"), truth.output("mse")[[4, 1]][..., [2]])
     np.testing.assert_array_equal(part.timestep_loss, truth.timestep_loss[[4, 1]][:, :, [2]])
@@ -117,6 +119,7 @@ def test_an_unknown_measure_lists_the_known_ones():
         ({"outputs": np.zeros((2, 6, 2, 4))}, r"outputs must have shape \(2, 6, 2, 3\)"),
         ({"query_ids": ("q", "q", "r")}, "query_ids must differ, found q more than once"),
         ({"query_sets": ("validation",)}, "query_sets must name the set of each of 3 queries, found 1"),
+        ({"query_hashes": ("x",)}, "query_hashes must have one for each of 3 queries, found 1"),
         ({"models": (("x",),)}, "models must have a hash for each of 6 subsets and 2 seeds"),
         ({"outputs": np.full((2, 6, 2, 3), np.nan)}, "loss of query query-0, subset 0, seed 0 is nan"),
         ({"subsets": np.zeros((6, 5), dtype=bool)}, "subset 0 has no members"),

@@ -70,6 +70,7 @@ LAYER_OF = {
     "_trainers": "stages",
     "_workers": "stages",
     "lds": "stages",
+    "comparison": "stages",
     "datamodels": "stages",
     "evaluation": "stages",
     # views: read only

@@ -2,18 +2,20 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.stats import rankdata, spearmanr
 
+from whence.comparison import lds_table
+from whence.data import fingerprint_of
 from whence.errors import ConfigError, GroundTruthError, ScoresError
 from whence.ground_truth import GroundTruth
 from whence.lds import (
     Ceiling,
     choose_damping_on_held_out,
     evaluate_lds,
-    lds_table,
     linear_datamodeling_score,
     seed_ceiling,
     weighted_spearman,
@@ -189,6 +191,25 @@ def test_ids_are_matched_and_what_is_not_scored_is_told():
         evaluate_lds(Scores("few", truth.query_ids, truth.train_ids[:-1], EFFECTS[:, :-1]), truth)
     with pytest.raises(ScoresError, match="none of the 12 queries of the ground truth, such as query-0"):
         evaluate_lds(Scores("other", ("another",), truth.train_ids, EFFECTS[:1]), truth)
+
+
+def test_other_images_under_the_same_ids_are_refused():
+    truth = additive_truth(EFFECTS)
+    truth = replace(
+        truth,
+        query_hashes=tuple(f"hash-{q}" for q in range(12)),
+        details={"training": {"train": {"fingerprint": "of the training images"}}},
+    )
+    mine = {"fingerprint": fingerprint_of(truth.query_ids, truth.query_hashes)}
+    right = scores_of(EFFECTS, truth, queries=mine, train={"fingerprint": "of the training images"})
+    assert evaluate_lds(right, truth, draws=5)
+    for side, what in [("queries", "queries"), ("train", "training images")]:
+        wrong = replace(right, details=right.details | {side: {"fingerprint": "another"}})
+        with pytest.raises(ScoresError, match=f"are of other {what} than the ground truth, under the same ids"):
+            evaluate_lds(wrong, truth, draws=5)
+    # What cannot be told is let pass: a query that is not in the ground truth, another order of training images.
+    more = replace(wrong, query_ids=(*truth.query_ids[:-1], "other"), train_ids=truth.train_ids[::-1])
+    assert evaluate_lds(more, truth, draws=5)
 
 
 def test_scores_fitted_on_the_same_subsets_are_refused():

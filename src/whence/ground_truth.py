@@ -8,6 +8,7 @@
     seeds           (seed,) int64                   seeds of training; every subset was trained with each
     query_ids       (query,) text                   unique
     query_sets      (query,) text                   name of the set that a query belongs to
+    query_hashes    (query,) text                   hash of the pixels of each; none where it is not known
     measures        (measure,) text                 names, as in the manifest
     outputs         (measure, subset, seed, query) float64
     timesteps       (query, timestep) int64         timesteps at which a query was measured, ascending
@@ -69,6 +70,8 @@ class GroundTruth:
     """(query, timestep) int64: timesteps at which each query was measured."""
     timestep_loss: ndarray
     """(subset, seed, query, timestep) float32: loss at each of them, so that other weightings can be made."""
+    query_hashes: tuple[str, ...] = ()
+    """Hash of the pixels of each query, ``ImageData.hashes``; empty where it is not known."""
     models: tuple[tuple[str, ...], ...] = ()
     """Hash of each model's weights, by subset and seed; empty where it is not known."""
     details: dict[str, Any] = field(default_factory=dict)
@@ -133,6 +136,7 @@ class GroundTruth:
             models=tuple(self.models[k] for k in kept) if self.models else (),
             query_ids=tuple(self.query_ids[q] for q in asked),
             query_sets=tuple(self.query_sets[q] for q in asked),
+            query_hashes=tuple(self.query_hashes[q] for q in asked) if self.query_hashes else (),
             outputs=self.outputs[:, kept][..., asked],
             timesteps=self.timesteps[asked],
             timestep_loss=self.timestep_loss[kept][:, :, asked],
@@ -186,6 +190,7 @@ class GroundTruth:
                 seeds=tuple(arrays["seeds"].tolist()),
                 query_ids=tuple(arrays["query_ids"].tolist()),
                 query_sets=tuple(arrays["query_sets"].tolist()),
+                query_hashes=tuple(arrays["query_hashes"].tolist()),
                 measures=tuple(arrays["measures"].tolist()),
                 outputs=arrays["outputs"],
                 timesteps=arrays["timesteps"],
@@ -263,6 +268,8 @@ def _find_faults(truth: GroundTruth) -> list[str]:
     ]
     if len(truth.query_sets) != num_queries:
         faults.append(f"query_sets must name the set of each of {num_queries} queries, found {len(truth.query_sets)}")
+    if truth.query_hashes and len(truth.query_hashes) != num_queries:
+        faults.append(f"query_hashes must have one for each of {num_queries} queries, found {len(truth.query_hashes)}")
     if truth.models and [len(row) for row in truth.models] != [num_seeds] * num_subsets:
         faults.append(f"models must have a hash for each of {num_subsets} subsets and {num_seeds} seeds")
     for name in ("train_ids", "query_ids", "seeds", "measures"):
@@ -340,7 +347,7 @@ def _read_arrays(path: Path, described: dict[str, dict[str, Any]]) -> dict[str, 
 
 _MANIFEST, _ARRAYS_FILE = "ground_truth.json", "ground_truth.npz"
 _KEYS = ("format_version", "kind", "sign", "measures", "query_sets", "details", "arrays", "manifest_sha256")
-_TEXTS = ("train_ids", "query_ids", "query_sets", "measures")
+_TEXTS = ("train_ids", "query_ids", "query_sets", "query_hashes", "measures")
 _NUMBERS = ("subsets", "outputs", "timesteps", "timestep_loss")
 _ALL = (*_TEXTS, *_NUMBERS, "seeds", "models")
 _KINDS = {"b": "booleans", "f": "floats", "i": "integers"}

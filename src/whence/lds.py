@@ -17,14 +17,14 @@ linear correlation and hold approximately for ranks.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 from numpy import ndarray
 
+from whence.data import fingerprint_of
 from whence.diffusion.noise import noise_key
 from whence.errors import ConfigError, GroundTruthError, ScoresError
 from whence.ground_truth import GroundTruth
@@ -286,8 +286,29 @@ def _align(scores: Scores, ground_truth: GroundTruth) -> tuple[Float[ndarray, "q
             f"The scores of {scores.method} are of none of the {len(ground_truth.query_ids)} queries of the ground "
             f"truth, such as {ground_truth.query_ids[0]}. Trace those queries."
         )
+    _check_same_images(scores, ground_truth)
     order = [column_of[id_] for id_ in ground_truth.train_ids]
     return scores.values[:, order], rows
+
+
+def _check_same_images(scores: Scores, ground_truth: GroundTruth) -> None:
+    """Refuse other images under the same ids, as far as scores and ground truth tell what they were made of."""
+    hash_of = dict(zip(ground_truth.query_ids, ground_truth.query_hashes, strict=False))
+    made_of = ground_truth.details.get("training", {}).get("train", {}).get("fingerprint")
+    known = {
+        "queries": fingerprint_of(scores.query_ids, [hash_of[i] for i in scores.query_ids])
+        if set(scores.query_ids) <= hash_of.keys()
+        else None,
+        "train": made_of if scores.train_ids == ground_truth.train_ids else None,
+    }
+    for side, want in known.items():
+        found = scores.details.get(side, {}).get("fingerprint")
+        if want is not None and found is not None and found != want:
+            raise ScoresError(
+                f"The scores of {scores.method} are of other {'queries' if side == 'queries' else 'training images'} "
+                "than the ground truth, under the same ids: their fingerprints differ. Trace the images that were "
+                "measured, read at the same size."
+            )
 
 
 @dataclass(frozen=True)
@@ -366,29 +387,3 @@ def _mean_lds(scores: Scores, ground_truth: GroundTruth, measure: str) -> float:
     outputs = -ground_truth.output(measure).mean(axis=1)[:, list(rows)]
     found = linear_datamodeling_score(values[list(rows.values())], ground_truth.subsets, outputs)
     return float(np.nanmean(found)) if np.isfinite(found).any() else math.nan
-
-
-def lds_table(results: Sequence[LdsResult]) -> dict[str, Any]:
-    """Put results into a table for printing and for ``lds.json``.
-
-    Args:
-        results: Of any number of methods and sets.
-
-    Returns:
-        ``columns``, ``rows`` and ``notes``; numbers are whole, NaN stands as None.
-    """
-    columns = ["method", "queries", "count", "LDS", "low", "high", "ceiling", "half", "NaN", "unscored"]
-    rows = []
-    for r in results:
-        limit = (r.ceiling.ceiling, r.ceiling.half) if r.ceiling else (math.nan, math.nan)
-        numbers = [None if math.isnan(v) else v for v in (r.lds, r.low, r.high, *limit)]
-        rows.append([r.method, r.query_set, len(r.per_query), *numbers, len(r.undefined), len(r.unscored)])
-    notes = [
-        f"{r.method}, {r.query_set}: no LDS for {', '.join(r.undefined[:5])}{'…' if len(r.undefined) > 5 else ''} "
-        "(outputs or predictions all equal or not finite)."
-        for r in results
-        if r.undefined
-    ]
-    if any(r.ceiling is None for r in results):
-        notes.append("One seed only: the noise of the outputs is not known, and no ceiling can be given.")
-    return {"columns": columns, "rows": rows, "notes": notes}

@@ -21,6 +21,7 @@ import yaml
 from whence._files import publish_file, write_json
 from whence.attribution import trace
 from whence.checkpoints import list_checkpoints, load_model, load_scheduler
+from whence.comparison import compare
 from whence.config import (
     DataSettings,
     IndexSettings,
@@ -37,7 +38,8 @@ from whence.evaluation import retrieval_table
 from whence.event_table import EventBatch, EventTable, grid_events, make_batch
 from whence.ground_truth import GroundTruth
 from whence.indexing import Part, index
-from whence.methods import Baseline, GradientPlan, Grid, Method, method_by_name
+from whence.lds import LdsResult
+from whence.methods import Baseline, GradientPlan, Grid, Method, RetrainingMethod, method_by_name
 from whence.plan import Plan, StoreShape, plan
 from whence.querying import query
 from whence.record import Record, read_manifest
@@ -282,6 +284,35 @@ class Run:
         settings = replace(settings or RetrainingSettings(), **changes)
         opened = {name: self.open_queries(images) for name, images in queries.items()}
         return retrain(self.subject, opened, settings, self.folder, show_progress=show_progress)
+
+    def evaluate(
+        self,
+        ground_truth: GroundTruth | str | Path,
+        scores: Sequence[Scores | str | Path] | None = None,
+        *,
+        measure: str = "loss",
+        fit_subsets: int | None = None,
+        draws: int = 1000,
+        seed: int = 0,
+    ) -> tuple[list[LdsResult], dict[str, Any]]:
+        """Compare scores with retrained models; see :mod:`whence.lds`. Writes ``evaluation/lds.json`` and ``lds.md``.
+
+        Args:
+            ground_truth: Retrained models, or their folder.
+            scores: Scores, or their folders. Default: all in ``scores/`` of this run that are of the same images and
+                queries; what is left out is told in the notes.
+            measure: Which output of the models.
+            fit_subsets: Fit empirical influence and datamodels on so many of the subsets, the first ones, and evaluate
+                everything on the others.
+            draws: Resamples of queries and subsets for the interval.
+            seed: Seed of the resamples.
+
+        Returns:
+            One result for each method and set of queries, and the table of them; see :func:`whence.comparison.compare`.
+        """
+        truth = ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth.load(ground_truth)
+        given = None if scores is None else [s if isinstance(s, Scores) else Scores.load(s) for s in scores]
+        return compare(truth, self.folder, given, measure=measure, fit_subsets=fit_subsets, draws=draws, seed=seed)
 
     def check(self, *, device: str = "cpu") -> list[CheckRow]:
         """Compare the record with itself and with the checkpoints; see :mod:`whence.replay_check`.
@@ -622,7 +653,14 @@ def _write_config(run: Run) -> None:
 
 def _declared(methods: Methods) -> list[Method | Baseline]:
     asked = [methods] if isinstance(methods, str | Method | Baseline) else methods
-    return [method_by_name(m) if isinstance(m, str) else m for m in asked]
+    declared = [method_by_name(m) if isinstance(m, str) else m for m in asked]
+    retrained = [m.name for m in declared if isinstance(m, RetrainingMethod)]
+    if retrained:
+        raise ConfigError(
+            f"{', '.join(retrained)} cannot be traced: retrained models make it. Use `whence retrain`, then `whence "
+            "evaluate` with --fit-subsets."
+        )
+    return [m for m in declared if not isinstance(m, RetrainingMethod)]
 
 
 def _sources(queries: Images) -> list[str | None]:

@@ -288,6 +288,7 @@ class Retraining:
             seeds=self.settings.seeds,
             query_ids=self.queries.ids,
             query_sets=self.query_sets,
+            query_hashes=self.queries.hashes,
             measures=finite_measures(self.process),
             outputs=np.ascontiguousarray(outputs.transpose(2, 1, 0, 3)),
             timesteps=self.grid.timesteps,

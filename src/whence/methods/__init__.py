@@ -10,9 +10,11 @@ from whence.methods.frame import (
     KroneckerInverse,
     Method,
     Replay,
+    RetrainingMethod,
     RidgeInverse,
 )
 from whence.methods.influence import EKFAC, KFAC
+from whence.methods.retraining import DATAMODELS, EMPIRICAL_INFLUENCE
 from whence.methods.tracin import GAS, GRAD_COS, GRAD_DOT, RETRAC, RETRAC_ADAM, TRACIN, TRACIN_ADAM, TRACIN_CP
 from whence.methods.trak import D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED, TRAK
 
@@ -20,8 +22,10 @@ __all__ = [
     "AdamInverse",
     "DAS",
     "DAS_SIGNED",
+    "DATAMODELS",
     "D_TRAK",
     "EKFAC",
+    "EMPIRICAL_INFLUENCE",
     "GAS",
     "GRAD_COS",
     "GRAD_DOT",
@@ -44,6 +48,7 @@ __all__ = [
     "KroneckerInverse",
     "Method",
     "Replay",
+    "RetrainingMethod",
     "RidgeInverse",
     "method_by_name",
 ]
@@ -52,13 +57,14 @@ _ALL = (
     *(TRACIN, RETRAC, TRACIN_ADAM, RETRAC_ADAM, TRACIN_CP, GRAD_DOT, GRAD_COS, GAS),
     *(TRAK, D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED),
     *(KFAC, EKFAC),
+    *(EMPIRICAL_INFLUENCE, DATAMODELS),
     *(PIXELS, RANDOM),
 )
-METHODS: dict[str, Method | Baseline] = {method.name: method for method in _ALL}
+METHODS: dict[str, Method | Baseline | RetrainingMethod] = {method.name: method for method in _ALL}
 """Every method by its name."""
 
 
-def method_by_name(name: str) -> Method | Baseline:
+def method_by_name(name: str) -> Method | Baseline | RetrainingMethod:
     """Look a method up.
 
     Raises:

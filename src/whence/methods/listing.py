@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from whence.methods.frame import Baseline, GradientPlan, Grid, KroneckerInverse, Method, Replay, RidgeInverse
+from whence.methods.frame import (
+    Baseline,
+    GradientPlan,
+    Grid,
+    KroneckerInverse,
+    Method,
+    Replay,
+    RetrainingMethod,
+    RidgeInverse,
+)
 
 _AFTER = {
     "none": "",
@@ -37,7 +46,7 @@ class MethodFacts:
     source: str
 
 
-def list_methods(methods: dict[str, Method | Baseline]) -> list[MethodFacts]:
+def list_methods(methods: dict[str, Method | Baseline | RetrainingMethod]) -> list[MethodFacts]:
     """Describe methods.
 
     Args:
@@ -46,7 +55,13 @@ def list_methods(methods: dict[str, Method | Baseline]) -> list[MethodFacts]:
     Returns:
         One entry each, in their order.
     """
-    return [_of_method(m) if isinstance(m, Method) else _of_baseline(m) for m in methods.values()]
+    return [_facts(method) for method in methods.values()]
+
+
+def _facts(method: Method | Baseline | RetrainingMethod) -> MethodFacts:
+    if isinstance(method, Method):
+        return _of_method(method)
+    return _of_baseline(method) if isinstance(method, Baseline) else _of_retraining(method)
 
 
 def _of_method(method: Method) -> MethodFacts:
@@ -95,6 +110,24 @@ def _of_baseline(baseline: Baseline) -> MethodFacts:
         rows_per_training_image=0,
         sign="similar is positive" if baseline.kind == "pixels" else "none",
         source=baseline.source,
+    )
+
+
+def _of_retraining(method: RetrainingMethod) -> MethodFacts:
+    between = {"difference": "mean without less mean with", "ridge": "ridge regression on members"}[method.kind]
+    return MethodFacts(
+        name=method.name,
+        gradients_of="",
+        training="subsets, retrained",
+        query="any measure",
+        between=between,
+        checkpoints="",
+        commands="retrain, evaluate --fit-subsets",
+        passes_per_training_image=0,
+        passes_per_query=0,
+        rows_per_training_image=0,
+        sign="positive lowers the query's output",
+        source=method.source,
     )
 
 
