@@ -4,7 +4,7 @@ Both read a ground truth of *other* subsets than the ones that judge them (``whe
 scores keep the hashes of the subsets they were fitted on, and ``whence.lds`` refuses to evaluate them on these.
 
     empirical influence   s_i = mean of f over subsets without i - mean of f over subsets with i
-    datamodels            s = -w,   (w, b) = argmin sum_m (f_m - b - w . 1_m)^2 + penalty |w|^2
+    datamodels            s = -w,   (w, b) = argmin sum_m (f_m - b - w . 1_m)^2 + penalty <w, w>
 
 f is the measured output, mean over seeds, and 1_m says who is in subset m. The regression is solved in the space of
 subsets, of which there are few: with centred masks X and outputs y, w = X^T (X X^T + penalty I)^-1 y.
