@@ -161,10 +161,10 @@ def wait_for_outputs(folder, count, deadline_s=120):
 
 def test_killed_and_run_again_gives_the_same_bytes(run, truth, tmp_path):
     rng = random.Random(0)
-    for count in (0, 2, 5):
+    for count in (1, 4):
         process = start(run, tmp_path)
         wait_for_outputs(tmp_path, count)
-        time.sleep(rng.uniform(0, 0.2) + (2.5 if count == 0 else 0))  # the imports take some seconds
+        time.sleep(rng.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         for path in tmp_path.glob("retraining/*/outputs-*/subset*.npz"):
