@@ -245,7 +245,9 @@ def test_a_full_disk_is_told_without_a_traceback(run, images, capsys, monkeypatc
     assert answer(capsys, "trace", run, "--queries", images, *TRACE)["rows"]
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "sample", "trace", "plan", "self", "report", "check", "show"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "sample", "trace", "plan", "self", "retrain", "evaluate", "report", "check", "show"]
+)
 def test_help_is_complete(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
@@ -446,3 +448,60 @@ def test_scores_along_the_path_of_the_sampler(run, images, capsys):
     same = ["--methods", "matched-cos", "--timesteps", "3", "--draws", "2", "--phases", "1"]
     cosines = Scores.load(answer(capsys, "query", run, "--queries", images, *same)["scores"]["matched-cos"])
     assert cosines.values.shape == (6, 6) and np.abs(cosines.values).max() < 1.1
+
+
+RETRAIN = ["--subsets", "6", "--seeds", "0", "1", "--timesteps", "2", "--epochs", "6", "--batch-size", "32"]
+
+
+def test_from_retraining_to_a_table_of_methods(run, tmp_path, capsys):
+    validation, other = (
+        save_pngs(tmp_path / name, count=2, seed=k) for k, name in enumerate(["val", "other"], start=1)
+    )
+    save_arrays(tmp_path / "made.safetensors", toy_images(1, "made").pixels([0]), ["made"])
+    sets = ["--queries", f"validation={validation}", f"generated={tmp_path / 'made.safetensors'}"]
+    made = answer(capsys, "retrain", run, *sets, *RETRAIN)
+    assert {(row["queries"], row["count"]) for row in made["rows"]} == {("validation", 2), ("generated", 1)}
+    assert {row["measure"] for row in made["rows"]} == {"loss", "mse", "squares", "simplified_elbo", "elbo"}
+    assert all(row["spread over subsets"] > 0 for row in made["rows"])
+    truth = made["ground_truth"]
+    shown = {row["what"]: row["value"] for row in answer(capsys, "show", truth)["rows"]}
+    assert shown["subsets"] == "6 of 3 of 6 images" and shown["queries generated"] == 1
+    assert truth in [row["value"] for row in answer(capsys, "show", run)["rows"]]
+
+    evaluate = ["evaluate", run, "--ground-truth", truth, "--draws", "20"]
+    assert "no scores to compare" in fails(capsys, *evaluate)
+    answer(capsys, "trace", run, "--queries", validation, tmp_path / "made.safetensors", *TRACE)
+    answer(capsys, "trace", run, "--queries", validation, "--methods", "pixels")
+    answer(capsys, "trace", run, "--queries", other, "--methods", "random")
+    compared = answer(capsys, *evaluate)
+    assert {(row["method"], row["queries"]) for row in compared["rows"]} == {
+        *((method, name) for method in ("tracin", "retrac") for name in ("validation", "generated")),
+        ("pixels", "validation"),
+    }
+    assert all(-1 <= row["low"] <= row["high"] <= 1 and 0 <= row["ceiling"] <= 1 for row in compared["rows"])
+    assert any("random-" in note and "under the same ids" in note for note in compared["notes"])
+
+    fitted = answer(capsys, *evaluate, "--fit-subsets", "3", "--measure", "mse")
+    methods = {row["method"] for row in fitted["rows"]}
+    assert methods == {"tracin", "retrac", "pixels", "datamodels", "empirical-influence"}
+    again = answer(capsys, *evaluate)
+    assert {row["method"] for row in again["rows"]} == methods - {"datamodels", "empirical-influence"}
+    assert any("datamodels" in note and "judged by what it was told" in note for note in again["notes"])
+    one = next((run / "scores").glob("datamodels-*"))
+    assert "was fitted on 3 of the 6 subsets" in fails(capsys, *evaluate, "--scores", one)
+    assert "no measure 'fid'; there are loss" in fails(capsys, *evaluate, "--measure", "fid")
+    record = json.loads((run / "evaluation" / "lds.json").read_text())
+    assert record["ground_truth"] == truth and len(record["subsets"]) == 6
+    table = (run / "evaluation" / "lds.md").read_text()
+    assert table.startswith("| method | queries | count | LDS |") and "| tracin | validation | 2 |" in table
+
+
+def test_what_retraining_makes_cannot_be_traced(run, images, capsys):
+    assert "whence retrain" in fails(capsys, "trace", run, "--queries", images, *TRACE, "--methods", "datamodels")
+    assert "whence retrain" in fails(capsys, "query", run, "--queries", images, "--methods", "empirical-influence")
+
+
+def test_sets_of_queries_are_named_before_an_equals_sign():
+    from whence.cli import _query_sets
+
+    assert _query_sets(["a=x", "b/c=d.png", "a=y=z", "plain"]) == {"a": ["x", "y=z"], "queries": ["b/c=d.png", "plain"]}

@@ -40,6 +40,7 @@ LAYER_OF = {
     "scores": "artifacts",
     "trajectories": "artifacts",
     "ensemble": "artifacts",
+    "ground_truth": "artifacts",
     "checkpoints": "checkpoints",
     # stages: loops that turn one artifact into the next
     "training": "stages",
@@ -70,7 +71,14 @@ LAYER_OF = {
     "similarity": "stages",
     "plan": "stages",
     "plan_index": "stages",
+    "subsets": "stages",
+    "measuring": "stages",
     "retraining": "stages",
+    "_trainers": "stages",
+    "_workers": "stages",
+    "lds": "stages",
+    "comparison": "stages",
+    "datamodels": "stages",
     "evaluation": "stages",
     # views: read only
     "report": "views",
@@ -354,7 +362,17 @@ sys.meta_path.insert(0, Refuse())
 
 
 @pytest.mark.parametrize(
-    "module", ["whence", "whence.scores", "whence.data", "whence.record", "whence.report", "whence.store"]
+    "module",
+    [
+        "whence",
+        "whence.scores",
+        "whence.ground_truth",
+        "whence.lds",
+        "whence.data",
+        "whence.record",
+        "whence.report",
+        "whence.store",
+    ],
 )
 def test_imports_without_torch(module: str):
     run_python(f"{REFUSE_TORCH}\nimport {module}")

@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from whence.config import IndexSettings as IndexSettings
     from whence.config import ModelSettings as ModelSettings
     from whence.config import QuerySettings as QuerySettings
+    from whence.config import RetrainingSettings as RetrainingSettings
     from whence.config import TraceSettings as TraceSettings
     from whence.config import TrainingSettings as TrainingSettings
     from whence.data import ImageData as ImageData
     from whence.data import open_images as open_images
     from whence.ensemble import ensemble as ensemble
+    from whence.ground_truth import GroundTruth as GroundTruth
     from whence.methods import GradientPlan as GradientPlan
     from whence.methods import Grid as Grid
     from whence.methods import Method as Method
@@ -34,11 +36,13 @@ _HOME = {
     "IndexSettings": "whence.config",
     "ModelSettings": "whence.config",
     "QuerySettings": "whence.config",
+    "RetrainingSettings": "whence.config",
     "TraceSettings": "whence.config",
     "TrainingSettings": "whence.config",
     "ImageData": "whence.data",
     "open_images": "whence.data",
     "ensemble": "whence.ensemble",
+    "GroundTruth": "whence.ground_truth",
     "GradientPlan": "whence.methods",
     "Grid": "whence.methods",
     "Method": "whence.methods",

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 from safetensors import SafetensorError
 
@@ -146,6 +147,25 @@ def _swap(partial: Path, path: Path, replaced: Path) -> None:
             replaced.rename(path)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Hold a lock file for the length of the block; False where another process holds it.
+
+    The system frees it when the process ends, however it ends. The file stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, value: Any, *, shared: bool = False, replace: bool = True) -> None:

@@ -26,6 +26,7 @@ from whence.config import (
     ModelSettings,
     PlanSettings,
     QuerySettings,
+    RetrainingSettings,
     TraceSettings,
     TrainingSettings,
 )
@@ -433,6 +434,89 @@ def self_(
     _print_table(["rank", "train id", scores.method], rows, json)
 
 
+def retrain(
+    run: Positional[Path],
+    /,
+    *,
+    queries: tuple[str, ...],
+    data: str | None = None,
+    out: Path | None = None,
+    loss: LossName | None = None,
+    allow_pickle: bool = False,
+    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
+    settings: Flat[RetrainingSettings] = RetrainingSettings(),  # noqa: B008
+    json: bool = False,
+) -> None:
+    """Train the model again on random subsets of its training images, and measure query images with each.
+
+    Run again, it goes on from there; run twice at once, both share the work. The result is a ground truth that scores
+    are compared with: `whence evaluate`.
+
+    Args:
+        run: A run of whence, or a model saved by diffusers, which needs a trainer of yours.
+        queries: Query images, each as NAME=SOURCE, such as validation=FOLDER generated=FILE; sources of one name are
+            one set, and without a name the set is called queries.
+        data: Training images. A run knows its own.
+        out: Folder for what is made, where the model was not trained by whence.
+        loss: Training loss of a model without a record. Default: mse.
+        allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
+        data_settings: How images are read. Default: as the run did.
+        settings: Subsets, seeds, training, measuring, processes.
+        json: Print what was made as JSON.
+    """
+    from whence.pipeline import open_run
+
+    opened = open_run(
+        run, data=data, data_settings=_given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle
+    )
+    truth = opened.retrain(_query_sets(queries), settings)
+    rows = [
+        [name, truth.query_sets.count(name), measure, float(of_set.mean()), float(of_set.mean(axis=(1, 2)).std())]
+        for name in truth.sets
+        for measure in truth.measures
+        for of_set in [truth.output(measure)[..., [s == name for s in truth.query_sets]]]
+    ]
+    columns = ["queries", "count", "measure", "mean", "spread over subsets"]
+    _print_table(columns, rows, json, ground_truth=str(truth.folder), notes=truth.notes)
+
+
+def evaluate(
+    run: Positional[Path],
+    /,
+    *,
+    ground_truth: Path,
+    scores: tuple[Path, ...] = (),
+    measure: str = "loss",
+    fit_subsets: int | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Compare scores with retrained models: the linear datamodeling score (LDS) of each method and set of queries.
+
+    LDS is the rank correlation over subsets between the sum of the scores of a subset's images and minus the measured
+    output, mean over queries. The interval is 95 %, over queries and subsets; the ceiling is what no score can beat,
+    from the spread over seeds. The tables are also in evaluation/lds.json and lds.md of the run.
+
+    Args:
+        run: A run with scores.
+        ground_truth: Folder that `whence retrain` has made, or that others have published.
+        scores: Folders of scores. Default: all of the run that fit.
+        measure: Which output: loss, mse, squares, simplified_elbo, elbo.
+        fit_subsets: Also fit empirical influence and datamodels on so many subsets, and evaluate all on the rest.
+        draws: Resamples for the interval.
+        seed: Seed of the resamples.
+        json: Print the table as JSON.
+    """
+    from whence.pipeline import open_run
+
+    _, table = open_run(run).evaluate(
+        ground_truth, scores or None, measure=measure, fit_subsets=fit_subsets, draws=draws, seed=seed
+    )
+    written = str(run / "evaluation" / "lds.md")
+    _print_table(table["columns"], table["rows"], json, table=written, notes=table["notes"])
+
+
 def report(
     run: Positional[Path],
     /,
@@ -505,7 +589,7 @@ def show(
     data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
     json: bool = False,
 ) -> None:
-    """Show what is in a run, record, checkpoint folder, store or folder of scores; or the events of training images.
+    """Show what is in a run, record, checkpoint folder, store, ground truth or scores; or events of training images.
 
     Args:
         path: What to look at.
@@ -537,6 +621,8 @@ def show(
         from whence.scores import TopScores
 
         _print_rankings([TopScores.load(path)], top, json)
+    elif (path / "ground_truth.json").exists():
+        _print_table(["what", "value"], _contents_of_ground_truth(path), json)
     else:
         _print_table(["what", "value"], _contents(path), json)
 
@@ -554,6 +640,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "query": query,
         "report": report,
         "check": check,
+        "retrain": retrain,
+        "evaluate": evaluate,
         "methods": methods,
         "verify": verify,
         "merge": merge,
@@ -676,6 +764,9 @@ def _contents(path: Path) -> list[list[Any]]:
             continue
         size = f"{len(scores.query_ids)} queries x {len(scores.train_ids)} training images"
         rows.append([f"scores {scores.method}", f"{size}, {scores.folder}"])
+    rows += [
+        ["ground truth", str(manifest.parent)] for manifest in sorted(path.glob("ground_truth/*/ground_truth.json"))
+    ]
     if (path / "report" / "index.html").exists():
         rows.append(["report", str(path / "report" / "index.html")])
     return rows
@@ -691,6 +782,20 @@ def _contents_of_store(path: Path) -> list[list[Any]]:
         fields = store.spec.get(part, {})
         rows += [[f"{part} {name}", jsonlib.dumps(value)] for name, value in fields.items() if name != "parameters"]
     return [*rows, ["specification", store.spec_sha256]]
+
+
+def _contents_of_ground_truth(path: Path) -> list[list[Any]]:
+    from whence.ground_truth import GroundTruth
+
+    truth = GroundTruth.load(path)
+    rows: list[list[Any]] = [
+        ["subsets", f"{len(truth.subsets)} of {int(truth.subsets.sum(axis=1).max())} of {len(truth.train_ids)} images"],
+        ["seeds", ", ".join(map(str, truth.seeds))],
+        ["measures", ", ".join(truth.measures)],
+        ["timesteps of a query", truth.timesteps.shape[1]],
+    ]
+    rows += [[f"queries {name}", truth.query_sets.count(name)] for name in truth.sets]
+    return rows + [["note", note] for note in truth.notes]
 
 
 def _open_stores(path: Path) -> "list[Store]":
@@ -711,6 +816,16 @@ def _part(text: str) -> tuple[int, int]:
     if not (slash and which.isdecimal() and count.isdecimal()):
         raise ConfigError(f"--part must be like 2/8, the second of eight; found {text}.")
     return int(which), int(count)
+
+
+def _query_sets(queries: Sequence[str]) -> dict[str, list[str]]:
+    """Read NAME=SOURCE; a path that holds an equals sign is taken whole where what is before it is no name."""
+    sets: dict[str, list[str]] = {}
+    for text in queries:
+        name, equals, source = text.partition("=")
+        named = bool(equals) and name.replace("-", "_").isidentifier()
+        sets.setdefault(name if named else "queries", []).append(source if named else text)
+    return sets
 
 
 def _print_rankings(scores: "Sequence[Scores | TopScores]", top: int, json: bool) -> None:

@@ -213,3 +213,46 @@ class PlanSettings(TraceSettings, IndexSettings):
     def part(self, kind: type[SettingsT]) -> SettingsT:
         """Give those of one command."""
         return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+
+
+@dataclass(frozen=True)
+class RetrainingSettings:
+    """Models trained again on subsets of the training set, and how their outputs are measured."""
+
+    subsets: int = 64
+    """Random subsets of the training set; with more of them later, what is trained already is used."""
+    fraction: float = 0.5
+    """Share of the training images in each subset."""
+    stratified: bool = False
+    """Draw this share of the images of each label, instead of all images together."""
+    subset_seed: int = 0
+    """Seed of the draws of subsets."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of training; every subset is trained with each. With two or more the noise of the outputs is known."""
+    epochs: int | None = None
+    """Passes over a subset. By default as many as the run's training took over all images."""
+    same_steps: bool = False
+    """Take about as many optimizer steps as the run did, in whole epochs, instead of as many epochs."""
+    checkpoints: int = 1
+    """Checkpoints during one training. A killed one goes on from its last."""
+    trainer: str | None = None
+    """Your own training, instead of the run's: module:function, called with (ids, seed, folder); or a shell command
+    with {ids} (a JSON file with the list of ids), {seed} and {folder}. It leaves a diffusers model in the folder."""
+    timesteps: int = 50
+    """Timesteps at which a query is measured, one in each of as many equal parts of 0..T-1."""
+    draws: int = 2
+    """Noise draws at each timestep, in pairs of opposite sign."""
+    measure_seed: int = 0
+    """Seed of the timesteps and the noise of measuring."""
+    weights_name: WeightsName = "raw"
+    """Which weights are measured: the trained ones, or their moving average."""
+    batch_size: int = 64
+    """Events in one forward pass of measuring."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Torch devices, for example cuda:0 cuda:1; the workers take them in turn."""
+    workers: int = 1
+    """Processes that train at once. More may be started elsewhere with the same command; all share the work."""
+    threads: int = 1
+    """CPU threads of each of them."""
+    keep_models: bool = False
+    """Keep the models, to measure other queries later. They are removed once they are measured otherwise."""

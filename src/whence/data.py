@@ -82,8 +82,12 @@ class ImageData:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over every id and the pixels as the model sees them, in order; labels and captions do not count."""
-        lines = (f"{id_}\n{source.hashes[k]}\n" for id_, (source, k) in zip(self.ids, self._entries, strict=True))
-        return sha256("".join(lines).encode()).hexdigest()
+        return fingerprint_of(self.ids, self.hashes)
+
+    @cached_property
+    def hashes(self) -> tuple[str, ...]:
+        """Hash of the pixels of each image, as the model sees them."""
+        return tuple(source.hashes[k] for source, k in self._entries)
 
     @cached_property
     def conversions(self) -> dict[str, int]:
@@ -319,6 +323,20 @@ def open_images(source: str | Path, settings: DataSettings = _AS_THEY_ARE) -> Im
     found = find_images(source, settings)
     ids = checked_ids(found.ids, name)
     return _make(read_pictures(found.pictures, ids, settings, name), ids, found.labels, found.captions, name)
+
+
+def fingerprint_of(ids: Iterable[str], hashes: Iterable[str]) -> str:
+    """Hash ids and the hashes of their pixels in order, as :attr:`ImageData.fingerprint` does.
+
+    Args:
+        ids: Of the images.
+        hashes: Of their pixels, one for each id.
+
+    Returns:
+        64 hex digits.
+    """
+    lines = (f"{id_}\n{hash_}\n" for id_, hash_ in zip(ids, hashes, strict=True))
+    return sha256("".join(lines).encode()).hexdigest()
 
 
 def concatenate(parts: Sequence[ImageData]) -> ImageData:

@@ -34,6 +34,14 @@ class ScoresError(WhenceError):
     """A file of scores is missing, damaged, or used for what it does not hold."""
 
 
+class GroundTruthError(WhenceError):
+    """A ground truth of retrained models is missing, damaged, or used for what it cannot tell."""
+
+
+class RetrainingError(WhenceError):
+    """A model could not be trained again, or what was left behind is no model."""
+
+
 class UnsupportedModelError(WhenceError):
     """A model has parameters or layers whose per-sample gradients cannot be taken."""
 

@@ -1,6 +1,7 @@
 """The order of the stages, over one folder: a *run*.
 
-    run/ config.yaml  record/  checkpoints/  generated/  stores/  scores/  report/  cache/
+    run/ config.yaml  record/  checkpoints/  generated/  stores/  scores/  retraining/  ground_truth/  evaluation/
+         report/  cache/
 
 ``config.yaml`` says where the images are and how they are read, and, for a model that whence did not train, where that
 is.
@@ -21,12 +22,14 @@ from numpy import ndarray
 from whence._files import publish_file, write_json
 from whence.attribution import trace
 from whence.checkpoints import list_checkpoints, load_model, load_scheduler
+from whence.comparison import compare
 from whence.config import (
     DataSettings,
     IndexSettings,
     LossName,
     ModelSettings,
     QuerySettings,
+    RetrainingSettings,
     TraceSettings,
     TrainingSettings,
 )
@@ -34,14 +37,17 @@ from whence.data import ImageData, concatenate, open_images, save_arrays
 from whence.errors import ConfigError, DataError, RecordError, ScoresError, check_choice
 from whence.evaluation import retrieval_table
 from whence.event_table import EventBatch, EventTable, grid_events, make_batch
+from whence.ground_truth import GroundTruth
 from whence.indexing import Part, index
-from whence.methods import Baseline, GradientPlan, Grid, Method, Trajectory, method_by_name
+from whence.lds import LdsResult
+from whence.methods import Baseline, GradientPlan, Grid, Method, RetrainingMethod, Trajectory, method_by_name
 from whence.plan import Plan, plan
 from whence.plan_index import plan_index
 from whence.querying import query
 from whence.record import Record, read_manifest
 from whence.replay_check import CheckRow, check_run
 from whence.report import write_report
+from whence.retraining import retrain
 from whence.sampling import sample_images
 from whence.scores import Scores, TopScores
 from whence.self_influence import Kind, SelfInfluenceCost, self_influence, self_influence_cost
@@ -279,6 +285,59 @@ class Run:
         return self_influence(
             self.subject, kind, settings or TraceSettings(), self.folder, method=declared, show_progress=show_progress
         )
+
+    def retrain(
+        self,
+        queries: Mapping[str, Images],
+        settings: RetrainingSettings | None = None,
+        *,
+        show_progress: bool = True,
+        **changes: Any,
+    ) -> GroundTruth:
+        """Train models again on subsets of the training set and measure queries; run again, it goes on from there.
+
+        Args:
+            queries: Query images, or where they are, by the name of their set, such as validation and generated.
+            settings: Subsets, seeds, training, measuring, processes. More than one worker needs
+                ``if __name__ == "__main__":`` around what a script does.
+            show_progress: Show a progress bar.
+            **changes: Single settings by name, as ``subsets=32``.
+
+        Returns:
+            The ground truth, which is also in ``ground_truth/``; see :mod:`whence.ground_truth`.
+        """
+        settings = replace(settings or RetrainingSettings(), **changes)
+        opened = {name: self.open_queries(images) for name, images in queries.items()}
+        return retrain(self.subject, opened, settings, self.folder, show_progress=show_progress)
+
+    def evaluate(
+        self,
+        ground_truth: GroundTruth | str | Path,
+        scores: Sequence[Scores | str | Path] | None = None,
+        *,
+        measure: str = "loss",
+        fit_subsets: int | None = None,
+        draws: int = 1000,
+        seed: int = 0,
+    ) -> tuple[list[LdsResult], dict[str, Any]]:
+        """Compare scores with retrained models; see :mod:`whence.lds`. Writes ``evaluation/lds.json`` and ``lds.md``.
+
+        Args:
+            ground_truth: Retrained models, or their folder.
+            scores: Scores, or their folders. Default: all in ``scores/`` of this run that are of the same images and
+                queries; what is left out is told in the notes.
+            measure: Which output of the models.
+            fit_subsets: Fit empirical influence and datamodels on so many of the subsets, the first ones, and evaluate
+                everything on the others.
+            draws: Resamples of queries and subsets for the interval.
+            seed: Seed of the resamples.
+
+        Returns:
+            One result for each method and set of queries, and the table of them; see :func:`whence.comparison.compare`.
+        """
+        truth = ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth.load(ground_truth)
+        given = None if scores is None else [s if isinstance(s, Scores) else Scores.load(s) for s in scores]
+        return compare(truth, self.folder, given, measure=measure, fit_subsets=fit_subsets, draws=draws, seed=seed)
 
     def check(self, *, device: str = "cpu") -> list[CheckRow]:
         """Compare the record with itself and with the checkpoints; see :mod:`whence.replay_check`.
@@ -637,7 +696,14 @@ def _write_config(run: Run) -> None:
 
 def _declared(methods: Methods) -> list[Method | Baseline]:
     asked = [methods] if isinstance(methods, str | Method | Baseline) else methods
-    return [method_by_name(m) if isinstance(m, str) else m for m in asked]
+    declared = [method_by_name(m) if isinstance(m, str) else m for m in asked]
+    retrained = [m.name for m in declared if isinstance(m, RetrainingMethod)]
+    if retrained:
+        raise ConfigError(
+            f"{', '.join(retrained)} cannot be traced: retrained models make it. Use `whence retrain`, then `whence "
+            "evaluate` with --fit-subsets."
+        )
+    return [m for m in declared if not isinstance(m, RetrainingMethod)]
 
 
 def _sources(queries: Images) -> list[str | None]:

@@ -32,10 +32,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import filelock
 from numpy import ndarray
 
-from whence._files import as_json, sha256_of_json, write_json
+from whence._files import as_json, sha256_of_json, try_lock, write_json
 from whence._store_checks import (
     STEP_FOLDER,
     check_belongs,
@@ -232,19 +231,13 @@ class Store:
         Yields:
             Whether to do the work: False where another process does it or has done it.
         """
-        folder = self._at(step).folder
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / f".{block_name(ids)}.lock", timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            yield False
-            return
-        try:
-            yield bool(self.missing(step, [tuple(ids)]))
-        finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
+        path = self._at(step).folder / f".{block_name(ids)}.lock"
+        with try_lock(path) as mine:
+            try:
+                yield mine and bool(self.missing(step, [tuple(ids)]))
+            finally:
+                if mine:
+                    path.unlink(missing_ok=True)
 
     def missing(self, step: int, blocks: Sequence[Block]) -> list[Block]:
         """Give those of ``blocks`` of which a step has no finished shard, in their order."""

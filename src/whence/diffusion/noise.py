@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, UInt64
 from numpy import ndarray
 
-Stream = Literal["record", "grid", "trajectory", "order"]
+Stream = Literal["record", "grid", "trajectory", "order", "subset", "measure"]
 Side = Literal["train", "query"]
 
 _NUM_SCALARS = 4
@@ -34,7 +34,8 @@ def noise_key(
 
     Args:
         seed: Seed of the training run or of the query grid.
-        stream: What the draw serves: a recorded visit, a grid of timesteps, a sampler's trajectory, or an order.
+        stream: What the draw serves: a recorded visit, a grid of timesteps, a sampler's trajectory, an order, who is in
+            a subset of the training set, or the measuring of a retrained model.
         side: Whether the sample is a training sample or a query.
         sample_id: Stable id of the sample.
         position: Optimizer step of a recorded visit (from 1); timestep of a grid point or trajectory.

@@ -10,14 +10,15 @@ alone (D-TRAK: Zheng et al. 2024, arXiv:2311.00500), for v and x0 prediction as 
 """
 
 import math
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from whence.config import LossName, OutputName
-from whence.errors import ConfigError
+from whence.diffusion.process import NoiseProcess
+from whence.errors import ConfigError, check_choice
 
 
 def sample_loss(
@@ -83,3 +84,40 @@ def sample_output(
             return elements.abs().amax(dim=1)
         case unknown:
             raise ConfigError(f"Unknown output {unknown!r}; known are {', '.join(get_args(OutputName))}.")
+
+
+BoundName = Literal["simplified_elbo", "elbo"]
+
+
+def bound_weights(process: NoiseProcess, bound: BoundName) -> Float[Tensor, " timestep"]:
+    r"""Weigh the squared error of a prediction at each timestep as the variational bound of DDPM does.
+
+    With :math:`\bar\alpha_t` for alpha squared, and an error of the predicted noise,
+
+        simplified_elbo   beta_t / (2 alpha_t (1 - abar_t))         variance of a reverse step beta_t
+        elbo              beta_t / (2 alpha_t (1 - abar_(t-1)))     variance that of the posterior: the exact bound
+
+    (Ho et al. 2020, arXiv:2006.11239, equation 12, without its decoder term at timestep 0, where the weight of ``elbo``
+    is infinite and 0 stands here). An error of a velocity or a clean image is turned into one of the noise.
+
+    Args:
+        process: The noising process.
+        bound: Which of the two.
+
+    Returns:
+        Weights in float64; the sum over timesteps of weight x squared error is in nats. Infinite where a schedule ends
+        without signal and the model predicts noise.
+
+    Raises:
+        ConfigError: If the bound is unknown.
+    """
+    check_choice("bound", bound, BoundName)
+    signal, noise = process.alpha.square(), process.sigma.square()
+    signal_before = torch.cat([torch.ones_like(signal[:1]), signal[:-1]])
+    noise_before = torch.cat([torch.zeros_like(noise[:1]), noise[:-1]])
+    # beta_t / alpha_t times the squared error of the noise by that of the prediction, without 0 / 0 where abar_t is 0.
+    ratio = {"epsilon": 1 / signal, "v_prediction": torch.ones_like(signal), "sample": 1 / noise}
+    common = (signal_before - signal) * ratio[process.prediction_type] / 2
+    if bound == "simplified_elbo":
+        return common / noise
+    return torch.where(noise_before > 0, common / noise_before, torch.zeros_like(common))

@@ -23,10 +23,12 @@ from whence.methods.frame import (
     LissaInverse,
     Method,
     Replay,
+    RetrainingMethod,
     RidgeInverse,
     Trajectory,
 )
 from whence.methods.influence import DATAINF, EKFAC, INFLUENCE_CG, KFAC, LISSA
+from whence.methods.retraining import DATAMODELS, EMPIRICAL_INFLUENCE
 from whence.methods.tracin import (
     GAS,
     GRAD_COS,
@@ -49,10 +51,12 @@ __all__ = [
     "DAS",
     "DATAINF",
     "DAS_SIGNED",
+    "DATAMODELS",
     "D_TRAK",
     "EKFAC",
     "EMBEDDINGS",
     "EMBEDDINGS_DOT",
+    "EMPIRICAL_INFLUENCE",
     "GAS",
     "GRAD_COS",
     "GRAD_DOT",
@@ -87,6 +91,7 @@ __all__ = [
     "LissaInverse",
     "Method",
     "Replay",
+    "RetrainingMethod",
     "RidgeInverse",
     "Trajectory",
     "method_by_name",
@@ -97,13 +102,14 @@ _ALL = (
     *(MATCHED_COS, MATCHED_DOT, RETRAC_MATCHED),
     *(TRAK, JOURNEY_TRAK, D_TRAK, DAS, DAS_SIGNED, RELATIF, RELATIF_L, RENORMALISED),
     *(KFAC, EKFAC, INFLUENCE_CG, LISSA, DATAINF),
+    *(EMPIRICAL_INFLUENCE, DATAMODELS),
     *(PIXELS, PIXELS_DOT, VAE, VAE_DOT, CLIP, CLIP_DOT, EMBEDDINGS, EMBEDDINGS_DOT, RANDOM),
 )
-METHODS: dict[str, Method | Baseline] = {method.name: method for method in _ALL}
+METHODS: dict[str, Method | Baseline | RetrainingMethod] = {method.name: method for method in _ALL}
 """Every method by its name."""
 
 
-def method_by_name(name: str) -> Method | Baseline:
+def method_by_name(name: str) -> Method | Baseline | RetrainingMethod:
     """Look a method up.
 
     Raises:

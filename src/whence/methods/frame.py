@@ -225,3 +225,19 @@ class Baseline:
     def is_encoded(self) -> bool:
         """Whether it needs an encoder."""
         return self.kind not in ("pixels", "random")
+
+
+@dataclass(frozen=True)
+class RetrainingMethod:
+    """A way to score from the outputs of models that were trained on subsets, without a gradient."""
+
+    name: str
+    kind: Literal["difference", "ridge"]
+    """difference: mean output of the models without a sample less that of the models with it. ridge: minus the
+    coefficients of a ridge regression of the output on who was in the subset."""
+    penalties: tuple[float, ...] = ()
+    """Penalties of the regression, in multiples of the mean eigenvalue of the masks' Gram matrix; of each query the one
+    with the least error in cross-validation over the subsets."""
+    folds: int = 5
+    """Parts of that cross-validation."""
+    source: str = ""

@@ -13,6 +13,7 @@ from whence.methods.frame import (
     LissaInverse,
     Method,
     Replay,
+    RetrainingMethod,
     RidgeInverse,
     Trajectory,
 )
@@ -61,7 +62,7 @@ class MethodFacts:
     source: str
 
 
-def list_methods(methods: dict[str, Method | Baseline]) -> list[MethodFacts]:
+def list_methods(methods: dict[str, Method | Baseline | RetrainingMethod]) -> list[MethodFacts]:
     """Describe methods.
 
     Args:
@@ -70,7 +71,13 @@ def list_methods(methods: dict[str, Method | Baseline]) -> list[MethodFacts]:
     Returns:
         One entry each, in their order.
     """
-    return [_of_method(m) if isinstance(m, Method) else _of_baseline(m) for m in methods.values()]
+    return [_facts(method) for method in methods.values()]
+
+
+def _facts(method: Method | Baseline | RetrainingMethod) -> MethodFacts:
+    if isinstance(method, Method):
+        return _of_method(method)
+    return _of_baseline(method) if isinstance(method, Baseline) else _of_retraining(method)
 
 
 def _of_method(method: Method) -> MethodFacts:
@@ -117,6 +124,24 @@ def _of_baseline(baseline: Baseline) -> MethodFacts:
         rows_per_training_image=0,
         sign="none" if baseline.kind == "random" else "similar is positive",
         source=baseline.source,
+    )
+
+
+def _of_retraining(method: RetrainingMethod) -> MethodFacts:
+    between = {"difference": "mean without less mean with", "ridge": "ridge regression on members"}[method.kind]
+    return MethodFacts(
+        name=method.name,
+        gradients_of="",
+        training="subsets, retrained",
+        query="any measure",
+        between=between,
+        checkpoints="",
+        commands="retrain, evaluate --fit-subsets",
+        passes_per_training_image=0,
+        passes_per_query=0,
+        rows_per_training_image=0,
+        sign="positive lowers the query's output",
+        source=method.source,
     )
 
 
