@@ -6,7 +6,7 @@ FOLDER holds ``cifar2.parquet`` (5,000 CIFAR-10 automobiles and horses, 32 px) a
 others), with columns id, image, label. Steps that are done are not done again: kill it, and run it again.
 
 1. ``whence train`` on 256 images, half of them automobiles; ten checkpoints, and a record.
-2. ``whence retrain`` on 64 random halves of them, two seeds each; measured on 20 other images (validation) and on 20
+2. ``whence retrain`` on 40 random halves of them, two seeds each; measured on 20 other images (validation) and on 20
    images sampled from the model of step 1 (generated).
 3. Every method of ``whence methods`` that this model can have, and combinations of them, by ``whence trace``, ``whence
    index`` and ``whence query``. Damping comes from cross-validation over training images or is a method's own default;
@@ -100,7 +100,7 @@ SMALL = Size(
     training=TrainingSettings(
         epochs=60, batch_size=32, checkpoints=10, learning_rate=1e-3, schedule="cosine", warmup_steps=20, loss="mse"
     ),
-    retraining=RetrainingSettings(subsets=64, seeds=(0, 1), timesteps=50, draws=2, workers=2),
+    retraining=RetrainingSettings(subsets=40, seeds=(0, 1), timesteps=50, draws=2, workers=2),
     timesteps=20,
     draws=2,
 )
