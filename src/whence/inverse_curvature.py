@@ -205,7 +205,7 @@ class Lissa(AbstractQueryPreconditioner):
 
 
 class DataInf(AbstractQueryPreconditioner):
-    r"""The mean of damped inverses of rank-one matrices, one for each training image, parameter by parameter.
+    r"""The mean of damped inverses of rank-one matrices, one for each training image, parameter by parameter::
 
         mean_i (g_i g_i^T + d I)^-1 v = (v - mean_i g_i <g_i, v> / (d + |g_i|^2)) / d
 
