@@ -123,8 +123,8 @@ def _notes_on_rows(store: Store, load: Workload, name: str) -> list[str]:
     (method,) = (method for method in load.methods if method.name == name)
     if notes and load.precondition is not None:
         notes.append(
-            "The preconditioner is applied before the projection, whose error goes by the length of what it gives: "
-            "directions of little curvature, which it lengthens, add more noise than they add to the scores."
+            "The preconditioner is applied before the projection, whose error goes by the length of what it gives and "
+            "can exceed the scores of an inverse curvature. Compare with `whence trace` for a few queries."
         )
     if method.train.unit == "sample" and kind != "identity":
         notes.append("Lengths of the summed gradients are those of the projected sums.")
