@@ -10,15 +10,13 @@ from safetensors.torch import load_file
 import reference
 from whence.attribution import trace
 from whence.checkpoints import list_checkpoints, load_model, load_scheduler
-from whence.config import IndexSettings, QuerySettings, TraceSettings
+from whence.config import TraceSettings
 from whence.diffusion.noise import normals
 from whence.engine.curvature_sinks import CovarianceSink
-from whence.errors import CheckpointError, ConfigError, StoreError
+from whence.errors import CheckpointError, ConfigError
 from whence.event_table import grid_events
-from whence.indexing import index
 from whence.methods import EKFAC, KFAC, RETRAC_ADAM, TRACIN_ADAM, Grid, Replay
 from whence.plan import plan
-from whence.querying import query
 from whence.record import Record
 from whence.second_order import adam_scales, load_or_make_curvature
 from whence.subject import Subject
@@ -111,13 +109,6 @@ def test_passes_for_curvature_are_planned(subject, toy_queries, tmp_path):
     made = plan(subject, toy_queries, METHODS, SETTINGS, tmp_path)
     assert [[count.curvature for count in one.passes] for one in made.passes] == [[20], [40]]
     assert made.sample_passes == 2 * (3 * 20 + 10 * 3) + 20 + 40
-
-
-def test_not_from_a_store(subject, toy_queries, tmp_path):
-    settings = IndexSettings(grid=True, train_timesteps=3, train_draws=1, batch_size=8)
-    store = index(subject, settings, tmp_path, show_progress=False)
-    with pytest.raises(StoreError, match="ekfac cannot be had from a store: .* Use `whence trace`"):
-        query(subject, store, toy_queries, [EKFAC], QuerySettings(timesteps=5), tmp_path, show_progress=False)
 
 
 def test_no_damping_is_refused(subject, toy_queries, tmp_path):

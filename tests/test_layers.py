@@ -57,6 +57,7 @@ LAYER_OF = {
     "store_spec": "stages",
     "indexing": "stages",
     "querying": "stages",
+    "query_vectors": "stages",
     "row_products": "stages",
     "preconditioning": "stages",
     "second_order": "stages",

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 
 import whence.indexing
-import whence.querying
+import whence.query_vectors
 from whence.checkpoints import list_checkpoints
 from whence.config import IndexSettings, QuerySettings
 from whence.errors import ConfigError, StoreError
 from whence.gradients import GradientSource
 from whence.indexing import index
 from whence.memory import measure_footprint
-from whence.methods import D_TRAK, GRAD_COS, PIXELS, RETRAC, TRACIN
+from whence.methods import D_TRAK, DATAINF, EKFAC, GRAD_COS, INFLUENCE_CG, PIXELS, RETRAC, TRACIN, TRACIN_ADAM, Grid
 from whence.plan_index import plan_index
 from whence.progress import progress_bar
 from whence.querying import query
@@ -37,7 +37,7 @@ def bars(monkeypatch):
         opened.append(progress_bar(*arguments, **(options | {"shown": True})))
         return opened[-1]
 
-    for module in (whence.indexing, whence.querying):
+    for module in (whence.indexing, whence.query_vectors):
         monkeypatch.setattr(module, "progress_bar", opening)
     return opened
 
@@ -118,6 +118,35 @@ class TestQueries:
         assert planned.cache_bytes == pytest.approx(num_bytes(tmp_path / "cache" / "queries"), rel=0.25)  # and headers
         again = plan_index(subject, SETTINGS, tmp_path, queries=toy_queries, methods=methods, asked=ASKED)
         assert (again.passes, again.score_bytes) == ([], 0)
+
+    @pytest.mark.parametrize(
+        ("method", "passes"),
+        [
+            (EKFAC, 2 * 10 * 2),
+            (DATAINF, 2 * 10 * 2),
+            (INFLUENCE_CG, 2 * 2 + 2 * (2 * 2) * 3 * 5 * 3),  # products x events x queries x vectors x (iterations + 1)
+            (TRACIN_ADAM, 0),
+        ],
+        ids=lambda value: getattr(value, "name", None),
+    )
+    @pytest.mark.filterwarnings("ignore:Conjugate gradients reached")
+    def test_passes_for_curvature_are_counted(self, subject, toy_queries, tmp_path, bars, method, passes):
+        if method != TRACIN_ADAM:
+            method = replace(method, precondition=replace(method.precondition, events=Grid(timesteps=2)))
+        if method.name == "influence-cg":
+            method = replace(method, precondition=replace(method.precondition, num_images=2, max_iterations=2))
+        checkpoints = 2 if method == TRACIN_ADAM else 1
+        settings = SETTINGS if method == TRACIN_ADAM else replace(SETTINGS, grid=True, checkpoints="last")
+        planned = plan_index(subject, settings, tmp_path, queries=toy_queries, methods=[method], asked=ASKED)
+        store = index(subject, settings, tmp_path)
+        query(subject, store, toy_queries, [method], ASKED, tmp_path)
+        _, asked = planned.passes
+        assert bars[1].n == bars[1].total == asked.sample_passes == checkpoints * 3 * 5 * 4 + passes
+        headers = 600 * 3 * checkpoints
+        assert 0 < num_bytes(tmp_path / "cache" / "queries") - planned.cache_bytes < headers and asked.peak_bytes > 0
+        scores = num_bytes(tmp_path / "scores")
+        assert planned.score_bytes == pytest.approx(scores, rel=0.15)
+        assert plan_index(subject, settings, tmp_path, queries=toy_queries, methods=[method], asked=ASKED).passes == []
 
     def test_gradients_that_are_kept_are_not_taken_again(self, subject, toy_queries, tmp_path):
         store = index(subject, SETTINGS, tmp_path, show_progress=False)

@@ -113,7 +113,9 @@ def trace(
 
     def save(scores: Scores, computed_with: dict[str, Any]) -> None:
         name = scores.method
-        notes = work.notes[name] + scores.notes + notes_on(scores, subject, settings) + _notes_on_solutions(scores)
+        notes = (
+            work.notes[name] + scores.notes + notes_on(scores, subject, settings) + notes_on_solutions(scores.details)
+        )
         details = scores.details | work.specs[name] | {"notes": notes} | computed_with
         replace(scores, details=details).save(work.folders[name])
 
@@ -429,12 +431,19 @@ def notes_on(scores: Scores, subject: Subject, settings: TraceSettings) -> list[
     return notes
 
 
-def _notes_on_solutions(scores: Scores) -> list[str]:
-    """Say how far the equations of an influence function were solved."""
+def notes_on_solutions(details: Mapping[str, Any]) -> list[str]:
+    """Say how far the equations of an influence function were solved.
+
+    Args:
+        details: Those of the scores.
+
+    Returns:
+        Sentences.
+    """
     return [
         f"At step {step}, the equations of the influence function are solved to a relative residual of "
         f"{found['residual']:.2g}."
-        for step, found in scores.details.get("preconditioners", {}).items()
+        for step, found in details.get("preconditioners", {}).items()
         if "residual" in found
     ]
 

@@ -288,7 +288,7 @@ def query(
     Args:
         model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
         queries: Query images: folders, files, or demo-queries.
-        methods: Any of tracin, retrac, grad-dot, grad-cos that the store can serve.
+        methods: Any that the store can serve; `whence methods` lists them.
         store: The store. Default: the one of the run that serves the methods.
         keep_top: Keep only so many training images of each query, where all scores would be too many. No page then.
         data: Training images. A run knows its own.

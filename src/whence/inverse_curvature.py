@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy import ndarray
 from torch import Tensor
 
 from whence._array_files import read_arrays, write_arrays
@@ -205,7 +206,9 @@ class Lissa(AbstractQueryPreconditioner):
 
 
 class DataInf(AbstractQueryPreconditioner):
-    r"""The mean of damped inverses of rank-one matrices, one for each training image, parameter by parameter::
+    r"""The mean of damped inverses of rank-one matrices, one for each training image, parameter by parameter.
+
+    With damping d::
 
         mean_i (g_i g_i^T + d I)^-1 v = (v - mean_i g_i <g_i, v> / (d + |g_i|^2)) / d
 
@@ -332,6 +335,31 @@ def make_preconditioner(
 def curvature_rows(asked: IterativeInverse, num_train: int, seed: int) -> list[int]:
     """Draw the training images over which the Gauss-Newton matrix is a mean, in their order; a function of the seed."""
     return np.sort(keyed_order(seed, 0, num_train)[: asked.num_images]).tolist()
+
+
+def describe_solutions(
+    asked: BeforeProjection | None,
+    subject: Subject,
+    settings: TraceSettings,
+    facts: Mapping[int, Mapping[str, ndarray]],
+) -> dict[str, Any]:
+    """Say in plain values what was found about solutions, for the details of scores.
+
+    Args:
+        asked: What the method declares.
+        subject: Training images.
+        settings: Those of the trace.
+        facts: By the step of the checkpoint, :data:`Facts` of all solutions.
+
+    Returns:
+        The largest of each at each checkpoint, and the images that the curvature is of where it is not all.
+    """
+    about = {str(step): {name: float(found.max()) for name, found in some.items()} for step, some in facts.items()}
+    details: dict[str, Any] = {"preconditioners": about} if any(about.values()) else {}
+    if isinstance(asked, IterativeInverse):
+        rows = curvature_rows(asked, len(subject.train), settings.seed)
+        details["curvature_images"] = [subject.train.ids[row] for row in rows]
+    return details
 
 
 def lissa_sample(table: EventTable, asked: LissaInverse, seed: int, repeat: int, step: int) -> EventTable:

@@ -20,10 +20,11 @@ from whence.errors import ConfigError
 from whence.event_table import grid_events
 from whence.gradients import points_at_once
 from whence.indexing import Indexing, ReadyIndex, find_full_store, index_demand, prepare_index, settle_index
-from whence.memory import QUERY_BYTES, Footprint, Limits, measure_footprint, peak_bytes
+from whence.memory import QUERY_BYTES, Footprint, Limits, measure_footprint, num_turns, peak_bytes
 from whence.methods import Baseline, Grid, Method
 from whence.plan import BATCHES, Plan, PlannedPass, blank_scores, seconds_per_pass
-from whence.querying import find_missing, places_of_scores
+from whence.query_vectors import make_query_side
+from whence.querying import places_of_scores
 from whence.store import Block, Store
 from whence.store_spec import check_serves, events_of, projection_of, trace_settings
 from whence.subject import Subject
@@ -71,12 +72,13 @@ def plan_index(
     ready = prepare_index(subject, settings, folder) if full is None else None
     store = full or (ready.store if ready else None)
     assert store is not None
-    footprint = cache(lambda: measure_footprint(subject, settings))
-    passes = [] if ready is None else _plan_index(subject, ready, footprint())
-    if queries is None:
-        return Plan(passes, score_bytes=0)
     settled = trace_settings(store.spec, asked or QuerySettings())
-    work = prepare(subject, queries, methods, settled, folder)
+    work = None if queries is None else prepare(subject, queries, methods, settled, folder)
+    products = work is not None and work.needs_products
+    footprint = cache(lambda: measure_footprint(subject, settings, products=products))
+    passes = [] if ready is None else _plan_index(subject, ready, footprint())
+    if work is None or queries is None:
+        return Plan(passes, score_bytes=0)
     if work.baselines:
         raise ConfigError(f"{', '.join(b.name for b in work.baselines)} needs no gradients and so no store.")
     for method in (method for load in work.loads for method in load.methods):
@@ -143,31 +145,31 @@ def _time_index(subject: Subject, ready: ReadyIndex) -> tuple[float, float]:
 
 
 def _plan_queries(load: Workload, store: Store, folder: Path, footprint: Callable[[], Footprint]) -> list[PlannedPass]:
-    missing = find_missing(load, store, folder)
-    per_query = load.query_grid.timesteps * load.query_grid.draws
-    passes = [PassCount(c.step, len(missing[c]) * per_query, 0) for c in load.checkpoints]
-    todo, grid, parts = sum(count.query > 0 for count in passes), load.query_grid, 1 + load.halves
-    seconds, held, kept = 0.0, 0, 0
-    if todo:
-        setup_s, pass_s = _time_queries(load, store)
-        seconds = todo * setup_s + sum(count.query for count in passes) * pass_s
-        needs = footprint()
-        points = points_at_once(load.settings.batch_size, grid, parts * needs.gradient)
-        held = needs.weights + points * parts * needs.gradient + needs.summed(points * grid.draws)
-        row = store.width * (4 if store.dtype == "float32" else 2)
-        kept = sum(map(len, missing.values())) * grid.timesteps * (parts * row + 4 * (1 + parts))
-    return [
-        PlannedPass(
-            methods=tuple(method.name for method in load.methods),
-            passes=passes,
-            turns=1,
-            batch_size=load.settings.batch_size,
-            seconds=seconds,
-            peak_bytes=held,
-            cache_bytes=kept,
-            store_bytes=0,
-        )
-    ]
+    side = make_query_side(load, store, folder / "cache")
+    missing, passes = [len(rows) for rows in side.missing().values()], side.passes()
+    planned = PlannedPass(
+        methods=tuple(method.name for method in load.methods),
+        passes=passes,
+        turns=1,
+        batch_size=load.settings.batch_size,
+        seconds=0.0,
+        peak_bytes=0,
+        cache_bytes=sum(missing) * side.bytes_per_query,
+        store_bytes=0,
+    )
+    if not any(missing):
+        return [planned]
+    setup_s, pass_s = _time_queries(load, store)
+    demand, needs = replace(load.demand, num_queries=side.queries_at_once(max(missing)), train_grid=None), footprint()
+    if load.precondition is None:
+        points = points_at_once(load.settings.batch_size, load.query_grid, demand.query_parts * needs.gradient)
+        held = needs.weights + points * demand.query_parts * needs.gradient
+        held += needs.summed(points * load.query_grid.draws)
+    else:
+        held = peak_bytes(demand, needs, Limits(load.settings.batch_size, QUERY_BYTES))
+        planned = replace(planned, turns=num_turns(demand, needs, QUERY_BYTES))
+    seconds = sum(count > 0 for count in missing) * setup_s + planned.sample_passes * pass_s
+    return [replace(planned, seconds=seconds, peak_bytes=held)]
 
 
 def _time_queries(load: Workload, store: Store) -> tuple[float, float]:

@@ -1,13 +1,13 @@
 """Querying: scores from a store of training gradients, as often as one likes.
 
-At each checkpoint the queries' gradients are taken at every timestep of the method's grid, projected as the store's
-rows are, and kept by half of the draws (``cache/queries``), so that asking again costs nothing. Sums over timesteps,
-phases and halves are then made as in the streaming way, and multiplied with the store's rows, block by block. The
-result is :class:`whence.scores.Scores` just as streaming gives it, or for very many training images the top of it only.
+At each checkpoint the queries' gradients are taken, projected as the store's rows are and kept, so that asking again
+costs nothing (:mod:`whence.query_vectors`). Sums over timesteps, by phase and half as in the streaming way, are then
+multiplied with the store's rows, block by block. The result is :class:`whence.scores.Scores` just as streaming gives
+it, or for very many training images the top of it only.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,26 +18,21 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
-from whence._array_files import read_arrays, write_arrays
 from whence._files import sha256_of_json
-from whence._store_checks import list_differences, name_ids
-from whence.assembly import inverse, make_scores, sample_lengths, split_products
-from whence.attribution import TraceWork, load_own_scores, notes_on, prepare
-from whence.checkpoints import Checkpoint
+from whence._store_checks import name_ids
+from whence.assembly import make_scores, split_products
+from whence.attribution import TraceWork, load_own_scores, notes_on, notes_on_solutions, prepare
 from whence.config import QuerySettings
 from whence.data import ImageData
 from whence.errors import ConfigError, StoreError
-from whence.gradients import GradientSource, sum_coefficients
-from whence.indexing import content_hashes
-from whence.methods.frame import Baseline, Method, RidgeInverse, Trajectory
+from whence.methods.frame import Baseline, Method, RidgeInverse
 from whence.preconditioning import Preconditioner, factors_after, prepare_preconditioner
-from whence.progress import progress_bar
-from whence.projections import AbstractProjection, canonical_name
+from whence.query_vectors import QueryVectors, make_query_side
 from whence.row_products import Multiplier, Reading, group_shards, sum_by_sample, top_of_store
 from whence.scores import Scores, TopEntry, TopScores
 from whence.shards import Shard
 from whence.store import Store
-from whence.store_spec import check_is_of, check_serves, projection_of, trace_settings
+from whence.store_spec import check_is_of, check_serves, trace_settings
 from whence.streaming import rms_by_image
 from whence.subject import Subject
 from whence.workload import Workload
@@ -95,13 +90,13 @@ def query(
     for load in work.loads:
         here = [method for method in load.methods if method.name in wanted]
         if here:
-            stored = _StoredPass(replace(load, methods=here), store, folder / "cache" / "queries", show_progress)
+            stored = _StoredPass(replace(load, methods=here), store, folder / "cache", show_progress)
             for scores in stored.scores() if top is None else stored.top(top):
                 name = scores.method
                 notes = work.notes[name] + _notes_on_rows(store, load, name)
                 if isinstance(scores, Scores):
                     notes += notes_on(scores, subject, load.settings)
-                notes += _notes_on_damping(scores.details)
+                notes += _notes_on_damping(scores.details) + notes_on_solutions(scores.details)
                 replace(scores, details=scores.details | specs[name] | {"notes": notes}).save(folders[name])
     if top is not None:
         return {name: TopScores.load(path) for name, path in folders.items()}
@@ -122,19 +117,15 @@ def places_of_scores(
     return specs, {name: folder / "scores" / f"{name}-{kind}-{sha256_of_json(s)[:8]}" for name, s in specs.items()}
 
 
-def find_missing(load: Workload, store: Store, folder: Path) -> dict[Checkpoint, list[int]]:
-    """Find the queries whose gradients are not kept yet.
-
-    Returns:
-        Their rows at each checkpoint.
-    """
-    return _StoredPass(load, store, folder / "cache" / "queries", show_progress=False).missing()
-
-
 def _notes_on_rows(store: Store, load: Workload, name: str) -> list[str]:
     kind, plan = store.spec["space"]["projection"]["kind"], store.spec["provenance"]["plan"]
     notes = [] if kind == "identity" else [f"Scores are of gradients projected to {store.width} numbers ({kind})."]
     (method,) = (method for method in load.methods if method.name == name)
+    if notes and load.precondition is not None:
+        notes.append(
+            "The preconditioner is applied before the projection, whose error goes by the length of what it gives and "
+            "can exceed the scores of an inverse curvature. Compare with `whence trace` for a few queries."
+        )
     if method.train.unit == "sample" and kind != "identity":
         notes.append("Lengths of the summed gradients are those of the projected sums.")
     elif plan["norms"] == "projected" and plan["keep"] == "units":
@@ -160,41 +151,25 @@ _Shared = tuple[Reading, RidgeInverse] | None
 """What methods have in common whose query vectors are the same."""
 
 
-@dataclass(frozen=True)
-class _Vectors:
-    """The projected sums of some queries at one checkpoint, over all timesteps or at each where rows meet them."""
-
-    vectors: Float[Tensor, "meeting query vector width"]
-    lengths: Float64[ndarray, "query length"]
-    """Of each query's whole sum and of its halves, in the family ``none``."""
-    norms: Float64[ndarray, "query timestep"]
-    """Exact lengths at each timestep."""
-
-
 class _StoredPass:
     """Queries at each checkpoint, then one pass over the store."""
 
     def __init__(self, work: Workload, store: Store, cache: Path, show_progress: bool):
         self.work, self.store, self.cache, self.show_progress = work, store, cache, show_progress
+        self.queries = make_query_side(work, store, cache)
         self.steps = [c.step for c in work.checkpoints]
         timesteps = tuple(work.query_timesteps.tolist()) if work.is_matched else ()
         self.readings = {method: replace(_reading(store, method), meet_at=timesteps) for method in work.methods}
         self._preconditioners: dict[tuple[Method, int], Preconditioner] = {}
-        on_path = isinstance(work.query_grid, Trajectory) and work.queries.trajectories
-        contents = on_path.hashes if on_path else content_hashes(work.queries)
-        self.keys = [
-            sha256_of_json([store.spec_sha256, query_id, content, vars(work.query_grid), work.outputs[1]])[:16]
-            for query_id, content in zip(work.queries.ids, contents, strict=True)
-        ]
 
     def scores(self) -> list[Scores]:
         """Compute all scores of all methods."""
-        self._fill_cache()
+        self.queries.fill(self.show_progress)
         results = {method: _Result(self.work) for method in self.work.methods}
         groups = group_shards(self.store, self.steps)
         self._check_ids(groups)
         for rows in self._turns():
-            vectors = {step: self._vectors(step, rows) for step in self.steps}
+            vectors = {step: self.queries.read(step, rows) for step in self.steps}
             multipliers = {step: self._multipliers(step, v.vectors.flatten(1, 2)) for step, v in vectors.items()}
             for shard in (shard for group in groups for shard in group):
                 self._add_shard(shard, rows, vectors[shard.step], multipliers[shard.step], results)
@@ -202,7 +177,7 @@ class _StoredPass:
 
     def top(self, k: int) -> list[TopScores]:
         """Compute the largest scores of all methods, one after the other."""
-        self._fill_cache()
+        self.queries.fill(self.show_progress)
         self._check_ids(group_shards(self.store, self.steps))
         return [self._top_of_method(method, k) for method in self.work.methods]
 
@@ -210,7 +185,7 @@ class _StoredPass:
         entries: list[tuple[TopEntry, ...]] = []
         for rows in self._turns():
             whole = {
-                step: self._precondition(method, step, self._whole_vectors(self._vectors(step, rows), method))
+                step: self._precondition(method, step, self._whole_vectors(self.queries.read(step, rows), method))
                 for step in self.steps
             }
             after = None if method.after == "none" else partial(self._factors_after, method)
@@ -225,7 +200,7 @@ class _StoredPass:
         width = self.store.width * len(self.steps) * len(self.work.meetings)
         return self.work.split_queries(width, VECTOR_BYTES)
 
-    def _whole_vectors(self, made: _Vectors, method: Method) -> Float[Tensor, "meeting query width"]:
+    def _whole_vectors(self, made: QueryVectors, method: Method) -> Float[Tensor, "meeting query width"]:
         """Sum a method's family over all phases: the products of the identity with the vectors, read off as scores."""
         whole = []
         for vectors in made.vectors:
@@ -238,7 +213,7 @@ class _StoredPass:
         self,
         shard: Shard,
         rows: range,
-        made: _Vectors,
+        made: QueryVectors,
         multipliers: Mapping[_Shared, Multiplier],
         results: dict[Method, "_Result"],
     ) -> None:
@@ -276,11 +251,11 @@ class _StoredPass:
         return found.ridge.solve(vectors.flatten(0, 1), found.damping).view_as(vectors)
 
     def _preconditioner(self, method: Method, step: int) -> Preconditioner | None:
-        if method.precondition is None:
+        if not isinstance(method.precondition, RidgeInverse):
             return None
         if (method, step) not in self._preconditioners:
             self._preconditioners[method, step] = prepare_preconditioner(
-                self.store.shards(step), self.readings[method], method, self.cache.parent / "ridges"
+                self.store.shards(step), self.readings[method], method, self.cache / "ridges"
             )
         return self._preconditioners[method, step]
 
@@ -291,89 +266,11 @@ class _StoredPass:
         return factors_after(method, found, self.readings[method], arrays, len(shard.ids))
 
     def _describe(self, method: Method) -> dict[str, Any]:
+        if not isinstance(method.precondition, RidgeInverse):
+            return self.queries.describe()
         found = {step: self._preconditioner(method, step) for step in self.steps}
         ridges = {str(step): one.describe() for step, one in found.items() if one is not None}
-        return {"preconditioners": ridges} if ridges else {}
-
-    def _vectors(self, step: int, rows: range) -> _Vectors:
-        """Sum what is kept of some queries over the timesteps."""
-        work = self.work
-        vectors, lengths, norms = [], [], []
-        for row in rows:
-            arrays = read_arrays(self._path(step, row))
-            found = torch.from_numpy(arrays["norms"]).double()  # timestep, length
-            parts = _from_bits(arrays["rows"]) * found[:, 1:, None].float()  # timestep, part, width
-            vectors.append(torch.stack([self._sum(parts, found, points) for points in work.meetings]))
-            lengths.append(sample_lengths(work, vectors[-1][0]))
-            norms.append(arrays["norms"][:, 0].astype(np.float64))
-        return _Vectors(torch.stack(vectors, dim=1), np.array(lengths), np.stack(norms))
-
-    def _sum(
-        self, parts: Float[Tensor, "timestep part width"], lengths: Float64[Tensor, "timestep length"], points: range
-    ) -> Float[Tensor, "vector width"]:
-        """Sum a query's gradients over some timesteps, as if there were no others."""
-        some, count, phases = slice(points.start, points.stop), len(points), self.work.phases_at_once
-        phase_of_point = torch.arange(count) * phases // count
-        factors = sum_coefficients(lengths[some], phase_of_point, self.work.query_families, phases, self.work.halves)
-        return (factors / count).flatten(1).float() @ parts[some].flatten(0, 1)
-
-    def _path(self, step: int, row: int) -> Path:
-        return self.cache / self.keys[row] / f"{step:08d}.safetensors"
-
-    def missing(self) -> dict[Checkpoint, list[int]]:
-        """Give the queries whose gradients are not kept yet."""
-        rows = range(len(self.work.queries))
-        return {c: [row for row in rows if not self._path(c.step, row).exists()] for c in self.work.checkpoints}
-
-    def _fill_cache(self) -> None:
-        """Take the gradients of the queries that are not kept yet."""
-        work, missing = self.work, self.missing()
-        per_query = work.query_grid.timesteps * work.query_grid.draws
-        total = per_query * sum(map(len, missing.values()))
-        with progress_bar("query", total, "pass", shown=self.show_progress) as bar:
-            for checkpoint in (c for c in work.checkpoints if missing[c]):
-                bar.set_description_str(f"{f'queries at {checkpoint.step}':<24}")
-                source = work.subject.source(checkpoint, work.settings).of(work.outputs[1])
-                source.check(work.subject.train)
-                projection = self._projection(source, checkpoint)
-                for row in missing[checkpoint]:
-                    self._keep_query(source, projection, checkpoint.step, row, bar.update)
-
-    def _keep_query(
-        self,
-        source: GradientSource,
-        projection: AbstractProjection,
-        step: int,
-        row: int,
-        update: Callable[[int], Any],
-    ) -> None:
-        made = source.grid_rows(
-            self.work.queries,
-            [row],
-            "query",
-            self.work.query_grid,
-            projection,
-            halves=self.work.halves,
-            seed=self.work.settings.seed,
-            update=update,
-        )
-        norms = made.norms[0].astype(np.float32)
-        unit_rows = made.rows[0].float().cpu() * torch.from_numpy(inverse(norms[:, 1:]))[..., None]
-        write_arrays(self._path(step, row), {"rows": _to_bits(unit_rows, self.store.dtype), "norms": norms})
-
-    def _projection(self, source: GradientSource, checkpoint: Checkpoint) -> AbstractProjection:
-        """Make the store's projection, and refuse a model whose parameters it is not made for."""
-        space = self.store.spec["space"]
-        names = {canonical_name(name): name for name in source.capture.parameters}
-        shapes = {name: list(source.capture.parameters[own].shape) for name, own in names.items()}
-        differences = list(list_differences({"parameters": space["parameters"]}, {"parameters": shapes}))
-        if differences:
-            raise StoreError(
-                f"{self.store.folder} holds gradients of other parameters than checkpoint {checkpoint.step} has: "
-                f"{'; '.join(differences)}. Make a store of this model with `whence index`."
-            )
-        about = space["projection"]
-        return projection_of(source, about, [names[name] for name in about["direct"]])
+        return {"preconditioners": ridges}
 
     def _check_ids(self, groups: list[list[Shard]]) -> None:
         """Refuse a store of more or fewer images than there are."""
@@ -442,15 +339,3 @@ def _reading(store: Store, method: Method) -> Reading:
             return Reading("unit_rows", "unit_norms", weights)
         return Reading("rows", None if unit == "sample" else "norms", weights)
     return Reading("rows", None if unit in ("event", "timestep") else "norms", weights, unit_samples=unit == "sample")
-
-
-def _to_bits(rows: Float[Tensor, "timestep part width"], dtype: str) -> ndarray:
-    """Round rows to the type of the store's; bfloat16, which numpy does not know, is kept by its bits."""
-    rounded = rows.to(getattr(torch, dtype))
-    return rounded.view(torch.int16).numpy() if dtype == "bfloat16" else rounded.numpy()
-
-
-def _from_bits(rows: ndarray) -> Float[Tensor, "timestep part width"]:
-    """Give what :func:`_to_bits` has rounded, as float32."""
-    found = torch.from_numpy(rows)
-    return (found.view(torch.bfloat16) if found.dtype == torch.int16 else found).float()

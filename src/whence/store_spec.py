@@ -17,7 +17,7 @@ from whence.config import IndexSettings, QuerySettings, TraceSettings
 from whence.errors import StoreError
 from whence.gradients import GradientSource
 from whence.methods import Baseline, Grid, Method, Replay
-from whence.methods.frame import BeforeProjection, WeightsRule
+from whence.methods.frame import WeightsRule
 from whence.projections import AbstractProjection, canonical_name, make_projection
 from whence.store import Store
 from whence.subject import Subject
@@ -215,11 +215,6 @@ def check_serves(store: Store, method: Method, subject: Subject) -> None:
     held = {c["step"] for c in store.spec["space"]["checkpoints"]}
     needed = {c.step for c in subject.used_checkpoints(method.checkpoints)}
     lacking = []
-    if isinstance(method.precondition, BeforeProjection):
-        raise StoreError(
-            f"{method.name} cannot be had from a store: its preconditioner comes before the projection. Use `whence "
-            "trace`."
-        )
     if method.train.events != events:
         lacking.append(f"it needs {method.train.events} of each training image, the store holds {events}")
     if method.meet == "timesteps" and plan["keep"] == "sum":

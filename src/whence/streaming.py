@@ -36,8 +36,8 @@ from whence.assembly import FACTS, inverse, join_meetings, make_scores, sample_l
 from whence.checkpoints import Checkpoint
 from whence.errors import InUseError
 from whence.gradients import GradientSource
-from whence.inverse_curvature import AbstractQueryPreconditioner, curvature_rows, make_preconditioner
-from whence.methods.frame import Grid, IterativeInverse, Method, Replay
+from whence.inverse_curvature import AbstractQueryPreconditioner, describe_solutions, make_preconditioner
+from whence.methods.frame import Grid, Method, Replay
 from whence.progress import progress_bar
 from whence.scores import Scores
 from whence.workload import Workload, family_of, rows_between
@@ -346,16 +346,11 @@ class StreamingPass:
         summed = [name for name in ("phases", "halves") if name in joined[0]]
         totals = {name: np.sum([arrays[name] for arrays in joined], axis=0) for name in summed}
         scores = make_scores(self.work, method, totals, joined)
-        about = {
-            str(c.step): {n.removeprefix(FACTS): float(a.max()) for n, a in arrays.items() if n.startswith(FACTS)}
+        facts = {
+            c.step: {name.removeprefix(FACTS): array for name, array in arrays.items() if name.startswith(FACTS)}
             for c, arrays in zip(self.work.checkpoints, joined, strict=True)
         }
-        if not any(about.values()):
-            return scores
-        details: dict[str, Any] = {"preconditioners": about}
-        if isinstance(self.work.precondition, IterativeInverse):
-            rows = curvature_rows(self.work.precondition, len(self.subject.train), self.settings.seed)
-            details["curvature_images"] = [self.subject.train.ids[row] for row in rows]
+        details = describe_solutions(self.work.precondition, self.subject, self.settings, facts)
         return replace(scores, details=details)
 
     def _join(self, checkpoint: Checkpoint, method: Method) -> dict[str, ndarray]:

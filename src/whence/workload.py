@@ -297,18 +297,23 @@ class Workload:
     def passes(self) -> list[PassCount]:
         """Sample-passes of each checkpoint."""
         everything = range(len(self.subject.train))
-        curvature = curvature_passes(self.precondition, len(everything))
-        per_query = self.query_grid.timesteps * self.query_grid.draws
         return [
-            PassCount(
-                c.step,
-                query=len(self.queries) * per_query,
-                train=self.num_events(c, everything),
-                curvature=curvature.once + curvature.per_vector * len(self.queries) * self.vectors_per_query,
-                curvature_per_turn=curvature.per_turn,
-            )
+            replace(self.query_passes(c, len(self.queries)), train=self.num_events(c, everything))
             for c in self.checkpoints
         ]
+
+    def query_passes(self, checkpoint: Checkpoint, num_queries: int) -> PassCount:
+        """Count the sample-passes of some queries at a checkpoint, without the training images that they meet."""
+        if not num_queries:
+            return PassCount(checkpoint.step, query=0, train=0)
+        curvature, meetings = curvature_passes(self.precondition, len(self.subject.train)), len(self.meetings)
+        return PassCount(
+            checkpoint.step,
+            query=num_queries * self.query_grid.timesteps * self.query_grid.draws,
+            train=0,
+            curvature=curvature.once + curvature.per_vector * num_queries * self.vectors_per_query * meetings,
+            curvature_per_turn=curvature.per_turn * meetings,
+        )
 
     def num_passes(self, num_turns: int) -> int:
         """Count sample-passes in all."""

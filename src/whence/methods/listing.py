@@ -97,7 +97,7 @@ def _of_method(method: Method) -> MethodFacts:
         query=_events(method.query),
         between=f"{between}, squared" if method.squared else between,
         checkpoints=method.checkpoints,
-        commands="index, query" if method.needs_rows else "trace" if inverse else "trace; index, query",
+        commands="index, query" if method.needs_rows else "trace; index, query",
         passes_per_training_image=train.timesteps * train.draws
         if isinstance(train, Grid)
         else 1
