@@ -42,7 +42,7 @@ from whence.errors import ConfigError, DataError, RetrainingError, WhenceError
 from whence.ground_truth import GroundTruth
 from whence.measuring import MeasuringGrid, finite_measures, make_grid, measure_model
 from whence.progress import progress_bar
-from whence.sampling import sample_images
+from whence.sampling import sample_in_parts
 from whence.subject import Subject
 from whence.subsets import draw_subsets
 from whence.training import check_device
@@ -373,9 +373,7 @@ class Retraining:
         asked = self.sampling
         assert asked is not None
         size = self.settings.batch_size
-        parts = [list(asked.ids[start : start + size]) for start in range(0, len(asked.ids), size)]
-        options = {"steps": asked.steps, "seed": asked.seed, "show_progress": False}
-        return np.concatenate([sample_images(model, scheduler, part, **options) for part in parts])
+        return sample_in_parts(model, scheduler, asked.ids, steps=asked.steps, seed=asked.seed, batch_size=size)
 
     def tidy(self) -> None:
         """Clear away what a killed process left, where all units are finished."""
