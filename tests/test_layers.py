@@ -84,6 +84,8 @@ LAYER_OF = {
     "counterfactual": "stages",
     "effects": "stages",
     "cleaning": "stages",
+    "near_duplicates": "stages",
+    "export": "stages",
     # views: read only
     "report": "views",
     "_plots": "views",

@@ -7,6 +7,7 @@ it again from the same noise. What comes out of it is the business of ``whence.e
 are those of ``whence.retraining``.
 """
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -187,7 +188,7 @@ def plan_counterfactual(
     size = len(subject.train)
     whole = sets.units([np.ones(size, dtype=bool)] * len(settings.seeds), settings.seeds)
     random: dict[tuple[int, Way], tuple[Unit, ...]] = {}
-    for k, way in dict.fromkeys((q.k, q.way) for q in questions):
+    for k, way in itertools.product(settings.top, settings.ways):
         drawn = [draw_members(subject.train.ids, k, settings.random_seed, seed) for seed in settings.seeds]
         random[k, way] = sets.units([_taken(chosen, way) for chosen in drawn], settings.seeds)
     shared = frozenset(row for row, _ in sets.asked)
