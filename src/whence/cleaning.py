@@ -183,7 +183,8 @@ def _check(
         raise ScoresError(f"Validation scores must be of queries; {wrong[0]} is self-influence.")
     looked = [reason for reason in known if not missing.get(reason)] if settings.reasons is None else settings.reasons
     left = [reason for reason in known if settings.reasons is None and missing.get(reason)]
-    return set(looked), [f"{reason}s are not looked for: that needs {needs[reason]}." for reason in left]
+    named = {"outlier": "Outliers", "harmful": "Harmful images"}
+    return set(looked), [f"{named[reason]} are not looked for: that needs {needs[reason]}." for reason in left]
 
 
 def _outliers(scores: Scores, threshold: float) -> tuple[list[Finding], dict[str, ndarray], list[str]]:

@@ -416,8 +416,8 @@ class Run:
             )
         if not found and not trace:
             raise ScoresError(
-                f"There are no scores of {method.name} for these queries yet. Make them with `whence trace`, whose cost "
-                "`whence plan` tells."
+                f"There are no scores of {method.name} for these queries yet. Make them with `whence trace`; `whence "
+                "plan` tells what that costs."
             )
         return found[0] if found else self.trace(queries, method)[method.name]
 
