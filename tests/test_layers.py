@@ -81,14 +81,23 @@ LAYER_OF = {
     "comparison": "stages",
     "datamodels": "stages",
     "evaluation": "stages",
+    "contrasts": "stages",
+    "counterfactual": "stages",
+    "effects": "stages",
+    "cleaning": "stages",
+    "near_duplicates": "stages",
+    "export": "stages",
     # views: read only
     "report": "views",
     "_plots": "views",
+    "_pictures": "views",
+    "evidence": "views",
     "explorer": "views",
     # wiring
     "pipeline": "pipeline",
     "demo": "pipeline",
     "cli": "cli",
+    "_cli_evidence": "cli",
     "__init__": "free",
     "__main__": "free",
 }

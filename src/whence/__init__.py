@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from whence.config import CleaningSettings as CleaningSettings
+    from whence.config import CounterfactualSettings as CounterfactualSettings
     from whence.config import DataSettings as DataSettings
     from whence.config import IndexSettings as IndexSettings
     from whence.config import ModelSettings as ModelSettings
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from whence.store import Store as Store
 
 _HOME = {
+    "CleaningSettings": "whence.config",
+    "CounterfactualSettings": "whence.config",
     "DataSettings": "whence.config",
     "IndexSettings": "whence.config",
     "ModelSettings": "whence.config",

@@ -65,6 +65,12 @@ class Pictures:
             raise DataError("its pixels are not those of the first reading")
         return _to_float(array)
 
+    def encoded(self, k: int) -> bytes | Path | None:
+        """Give what is encoded at position ``k``, or the path of its file; None for PIL images and arrays."""
+        with _reasons():
+            given = None if self.given is None else self.given[k]
+        return given if isinstance(given, bytes | Path) else None
+
     def picture(self, k: int) -> bytes:
         """Give the image at position ``k`` as it came, as a small PNG file."""
         with _reasons():

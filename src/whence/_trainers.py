@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from whence.config import ModelSettings, RetrainingSettings, TrainingSettings
+from whence.config import ModelSettings, TrainAgainSettings, TrainingSettings
 from whence.data import ImageData
 from whence.errors import ConfigError, RetrainingError, WhenceError
-from whence.training import checkpoint_steps, train
+from whence.training import checkpoint_steps, steps_per_epoch, train
 
 _LOG_CHARS = 1500
 
@@ -28,21 +28,35 @@ class Recipe:
 
     model: ModelSettings
     training: TrainingSettings
+    same_steps_as: int | None = None
+    """Train about as many steps as so many images would take in the epochs of ``training``; None: as many epochs."""
+
+    def training_of(self, num_images: int) -> TrainingSettings:
+        """Give the settings for a subset of this size."""
+        if self.same_steps_as is None:
+            return self.training
+        steps = self.training.epochs * steps_per_epoch(self.same_steps_as, self.training)
+        return replace(self.training, epochs=max(1, round(steps / steps_per_epoch(num_images, self.training))))
+
+    def num_steps(self, num_images: int) -> int:
+        """Count the optimizer steps of a training on so many images."""
+        return self.training_of(num_images).epochs * steps_per_epoch(num_images, self.training)
 
     def describe(self) -> dict[str, Any]:
         """Name all that a training depends on beside its images and its seed."""
         return {
             "model": asdict(self.model),
             "training": {k: v for k, v in asdict(self.training).items() if k != "seed"},
-        }
+        } | ({} if self.same_steps_as is None else {"same_steps_as": self.same_steps_as})
 
     def check(self, num_images: int) -> None:
         """Refuse settings that cannot be met, before anything is trained."""
-        checkpoint_steps(num_images, self.training)
+        checkpoint_steps(num_images, self.training_of(num_images))
 
     def train(self, folder: Path, images: ImageData, seed: int, device: str) -> None:
         """Train into a folder, or go on there."""
-        train(folder, images, self.model, replace(self.training, seed=seed), device=device, show_progress=False)
+        training = replace(self.training_of(len(images)), seed=seed)
+        train(folder, images, self.model, training, device=device, show_progress=False)
 
 
 @dataclass(frozen=True)
@@ -121,7 +135,7 @@ class OwnTrainer:
             raise RetrainingError(f"the command ended with status {done.returncode}; its last words: {said}")
 
 
-def make_trainer(settings: RetrainingSettings, config: dict[str, Any] | None, num_train: int) -> Recipe | OwnTrainer:
+def make_trainer(settings: TrainAgainSettings, config: dict[str, Any] | None, num_train: int) -> Recipe | OwnTrainer:
     """Choose how models are trained.
 
     ``config`` is the run's record of its own training, None where there is no record.
@@ -138,11 +152,8 @@ def make_trainer(settings: RetrainingSettings, config: dict[str, Any] | None, nu
             "--trainer: module:function, or a command with {ids}, {seed} and {folder}."
         ) from error
     epochs = training.epochs if settings.epochs is None else settings.epochs
-    if settings.same_steps:
-        kept = round(settings.fraction * num_train)
-        steps_of = [-(-count // training.batch_size) for count in (num_train, kept)]
-        epochs = max(1, round(training.epochs * steps_of[0] / max(steps_of[1], 1)))
-    return Recipe(model, replace(training, epochs=epochs, checkpoints=settings.checkpoints))
+    training = replace(training, epochs=epochs, checkpoints=settings.checkpoints)
+    return Recipe(model, training, num_train if settings.same_steps else None)
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

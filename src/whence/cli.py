@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 from tyro.conf import Positional
 
+from whence._cli_evidence import clean, prove
 from whence.config import (
     DataSettings,
     IndexSettings,
@@ -642,6 +643,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "check": check,
         "retrain": retrain,
         "evaluate": evaluate,
+        "prove": prove,
+        "clean": clean,
         "methods": methods,
         "verify": verify,
         "merge": merge,

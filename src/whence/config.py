@@ -216,21 +216,13 @@ class PlanSettings(TraceSettings, IndexSettings):
 
 
 @dataclass(frozen=True)
-class RetrainingSettings:
-    """Models trained again on subsets of the training set, and how their outputs are measured."""
+class TrainAgainSettings:
+    """How models are trained again from scratch, and how what they give for queries is measured."""
 
-    subsets: int = 64
-    """Random subsets of the training set; with more of them later, what is trained already is used."""
-    fraction: float = 0.5
-    """Share of the training images in each subset."""
-    stratified: bool = False
-    """Draw this share of the images of each label, instead of all images together."""
-    subset_seed: int = 0
-    """Seed of the draws of subsets."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of training; every subset is trained with each. With two or more the noise of the outputs is known."""
+    """Seeds of training; every model is trained with each. With two or more the noise of the outputs is known."""
     epochs: int | None = None
-    """Passes over a subset. By default as many as the run's training took over all images."""
+    """Passes over the images of a model. By default as many as the run's training took over all images."""
     same_steps: bool = False
     """Take about as many optimizer steps as the run did, in whole epochs, instead of as many epochs."""
     checkpoints: int = 1
@@ -256,3 +248,68 @@ class RetrainingSettings:
     """CPU threads of each of them."""
     keep_models: bool = False
     """Keep the models, to measure other queries later. They are removed once they are measured otherwise."""
+
+
+@dataclass(frozen=True)
+class RetrainingSettings(TrainAgainSettings):
+    """Models trained again on subsets of the training set, and how their outputs are measured."""
+
+    subsets: int = 64
+    """Random subsets of the training set; with more of them later, what is trained already is used."""
+    fraction: float = 0.5
+    """Share of the training images in each subset."""
+    stratified: bool = False
+    """Draw this share of the images of each label, instead of all images together."""
+    subset_seed: int = 0
+    """Seed of the draws of subsets."""
+
+
+Way = Literal["without", "only"]
+
+
+@dataclass(frozen=True)
+class CounterfactualSettings(TrainAgainSettings):
+    """Models trained again without the images that a method ranks first, and as many without random ones."""
+
+    top: tuple[int, ...] = (50,)
+    """How many of the highest ranked images are left out; several numbers make a curve."""
+    ways: tuple[Way, ...] = ("without",)
+    """without: train on all but the top images. only: train on nothing but them."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Seeds of training, at least two; every model is trained with each, that of all images too: how far two of these
+    are apart is the noise floor."""
+    same_steps: bool = True
+    """Take about as many optimizer steps as the run did, in whole epochs, so that what differs is the images and not
+    the length of training; otherwise as many epochs."""
+    random_seed: int = 0
+    """Seed of the random images. Those of each seed of training are other ones."""
+    measure: str = "loss"
+    """Which output of the models is compared: loss, mse, squares, simplified_elbo, elbo."""
+    sample_seed: int = 0
+    """Seed that generated queries were sampled with, as in whence sample."""
+    sample_steps: int = 50
+    """Denoising steps that generated queries were sampled with."""
+    encoder: str | None = None
+    """Also compare features of the generated images: folder of a transformers model, hub:NAME, module:function or
+    FILE.py:function, as of whence trace."""
+
+
+Reason = Literal["duplicate", "outlier", "harmful"]
+
+
+@dataclass(frozen=True)
+class CleaningSettings:
+    """What makes an image leave the cleaned data set. The defaults are conservative."""
+
+    reasons: tuple[Reason, ...] | None = None
+    """What to look for. By default all for which there are scores; duplicates need none."""
+    near: float = 0.02
+    """Two images are near duplicates up to this root mean square difference of their pixels in [-1, 1]: 0.02 is 2.5
+    grey levels of 255. 0: only images that are equal in every pixel."""
+    outlier_z: float = 5.0
+    """Robust z-score of the logarithm of self-influence from which an image is an outlier."""
+    harmful_z: float = 5.0
+    """An image is harmful where its mean score over the validation queries is negative and its robust z-score is minus
+    this or lower."""
+    top: int = 50
+    """An image is generally influential where it is among so many highest ranked of many queries; told, not removed."""

@@ -148,6 +148,17 @@ class ImageData:
         """
         return self._read(self._checked([row])[0], Pictures.picture)
 
+    def encoded(self, row: SupportsIndex) -> bytes | Path | None:
+        """Give an image as it lies in its source; a DataError if its source has gone.
+
+        Args:
+            row: Position in 0..len-1.
+
+        Returns:
+            The encoded bytes, or the path of its file; None where it is not encoded: arrays and PIL images.
+        """
+        return self._read(self._checked([row])[0], Pictures.encoded)
+
     def select(self, rows: Sequence[SupportsIndex] | ndarray) -> "ImageData":
         """Make a data set of some images in the order given.
 

@@ -22,8 +22,11 @@ from numpy import ndarray
 from whence._files import publish_file, write_json
 from whence.attribution import trace
 from whence.checkpoints import list_checkpoints, load_model, load_scheduler
+from whence.cleaning import Cleaning, clean
 from whence.comparison import compare
 from whence.config import (
+    CleaningSettings,
+    CounterfactualSettings,
     DataSettings,
     IndexSettings,
     LossName,
@@ -33,10 +36,14 @@ from whence.config import (
     TraceSettings,
     TrainingSettings,
 )
+from whence.counterfactual import Counterfactual, plan_counterfactual
 from whence.data import ImageData, concatenate, open_images, save_arrays
+from whence.effects import run_counterfactual
 from whence.errors import ConfigError, DataError, RecordError, ScoresError, check_choice
 from whence.evaluation import retrieval_table
 from whence.event_table import EventBatch, EventTable, grid_events, make_batch
+from whence.evidence import write_evidence
+from whence.export import export
 from whence.ground_truth import GroundTruth
 from whence.indexing import Part, index
 from whence.lds import LdsResult
@@ -338,6 +345,131 @@ class Run:
         truth = ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth.load(ground_truth)
         given = None if scores is None else [s if isinstance(s, Scores) else Scores.load(s) for s in scores]
         return compare(truth, self.folder, given, measure=measure, fit_subsets=fit_subsets, draws=draws, seed=seed)
+
+    def plan_counterfactual(
+        self,
+        queries: Images,
+        scores: Sequence[Scores | str | Path] | None = None,
+        settings: CounterfactualSettings | None = None,
+        *,
+        methods: Methods = "retrac",
+        ids: Sequence[str] = (),
+        trace: bool = True,
+        **changes: Any,
+    ) -> Counterfactual:
+        """Decide which models show what becomes of queries without the images that methods rank first.
+
+        Args:
+            queries: Query images, or where they are.
+            scores: Scores of one or more methods, or their folders. Default: those of ``methods`` for these very
+                queries; what is not in ``scores/`` is traced first.
+            settings: How many images, seeds, training, measuring, processes.
+            methods: Which scores, where none are given.
+            ids: Ask about these queries only. Default: all.
+            trace: Trace what is not there; otherwise it is an error.
+            **changes: Single settings by name, as ``top=(20,)``.
+
+        Returns:
+            The plan; its :meth:`~whence.counterfactual.Counterfactual.cost` tells what it costs.
+        """
+        settings = replace(settings or CounterfactualSettings(), **changes)
+        images = self.open_queries(queries)
+        if scores is None:
+            scores = [self._scores_of(images, declared, trace) for declared in _declared(methods)]
+        loaded = [one if isinstance(one, Scores) else Scores.load(one) for one in scores]
+        asked = images.select(images.rows(ids)) if ids else images
+        return plan_counterfactual(self.subject, asked, loaded, settings, self.folder)
+
+    def prove(self, plan: Counterfactual, *, show_progress: bool = True) -> tuple[dict[str, Any], Path]:
+        """Train the models of a plan, compare them, and write table and page; run again, it goes on from there.
+
+        Args:
+            plan: What :meth:`plan_counterfactual` gave.
+            show_progress: Show a progress bar.
+
+        Returns:
+            The content of ``counterfactual.json``, and the page beside it in ``evaluation/``.
+        """
+        record = run_counterfactual(plan, show_progress=show_progress)
+        images = plan.folder / "images.safetensors"
+        page = write_evidence(
+            plan.folder / "index.html",
+            record=record,
+            train=self.train_images,
+            queries=plan.work.queries,
+            drawn=open_images(images) if images.exists() else None,
+        )
+        return record, page
+
+    def _scores_of(self, queries: ImageData, method: Method | Baseline, trace: bool) -> Scores:
+        """Find the scores of a method for these queries, or trace them."""
+        found = []
+        for manifest in sorted((self.folder / "scores").glob(f"{method.name}-*/manifest.json")):
+            scores = Scores.load(manifest.parent)
+            same = scores.details.get("queries", {}).get("fingerprint") == queries.fingerprint
+            if same and scores.method == method.name and scores.train_ids == self.train_images.ids:
+                found.append(scores)
+        if len(found) > 1:
+            raise ScoresError(
+                f"There are several scores of {method.name} for these queries: "
+                f"{', '.join(str(one.folder) for one in found)}. Give one with --scores."
+            )
+        if not found and not trace:
+            raise ScoresError(
+                f"There are no scores of {method.name} for these queries yet. Make them with `whence trace`; `whence "
+                "plan` tells what that costs."
+            )
+        return found[0] if found else self.trace(queries, method)[method.name]
+
+    def clean(
+        self,
+        settings: CleaningSettings | None = None,
+        *,
+        self_scores: Scores | str | Path | None = None,
+        validation: Sequence[Scores | str | Path] = (),
+        show_progress: bool = True,
+        **changes: Any,
+    ) -> Cleaning:
+        """Decide which training images had better go: duplicates, outliers, harmful ones; see :mod:`whence.cleaning`.
+
+        Args:
+            settings: Reasons and thresholds.
+            self_scores: Self-influence, or its folder. Default: the one in ``scores/``, if there is one.
+            validation: Scores for validation queries, or their folders.
+            show_progress: Show a progress bar.
+            **changes: Single settings by name, as ``near=0.0``.
+
+        Returns:
+            The decision; nothing is written. :meth:`export` writes what stays.
+
+        Raises:
+            ScoresError: If there are several kinds of self-influence, or scores do not fit.
+        """
+        settings = replace(settings or CleaningSettings(), **changes)
+        given = [one if isinstance(one, Scores) else Scores.load(one) for one in validation]
+        wants_self = settings.reasons is None or "outlier" in settings.reasons
+        if self_scores is None and wants_self:
+            found = sorted((self.folder / "scores").glob("self_*/manifest.json"))
+            if len(found) > 1:
+                raise ScoresError(
+                    f"There is self-influence of several kinds: {', '.join(str(one.parent) for one in found)}. Give "
+                    "one with --self-scores."
+                )
+            self_scores = found[0].parent if found else None
+        loaded = self_scores if self_scores is None or isinstance(self_scores, Scores) else Scores.load(self_scores)
+        return clean(self.train_images, settings, self_scores=loaded, validation=given, show_progress=show_progress)
+
+    def export(self, cleaning: Cleaning, folder: str | Path) -> Path:
+        """Write the images that stay into a new folder, with tables of what stays and what goes.
+
+        Args:
+            cleaning: What :meth:`clean` gave.
+            folder: A new folder.
+
+        Returns:
+            The file or folder with the images, a source for ``whence train``; see :mod:`whence.export`.
+        """
+        return export(cleaning, Path(folder), self.data_settings)
 
     def check(self, *, device: str = "cpu") -> list[CheckRow]:
         """Compare the record with itself and with the checkpoints; see :mod:`whence.replay_check`.

@@ -5,8 +5,6 @@ script. This module turns scores into what the template ``report.html`` shows; i
 computes no scores. How the page looks is in ``report.css``, plots are in ``_plots.py``.
 """
 
-import base64
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -19,9 +17,9 @@ from jaxtyping import Float, Int
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from numpy import ndarray
-from PIL import Image
 
 from whence._files import publish_file
+from whence._pictures import MAX_PIXELS, Pictures
 from whence._plots import MAX_DOTS, draw_norms, draw_scores, draw_timesteps, drawable_norms
 from whence.data import ImageData
 from whence.errors import ConfigError, ScoresError
@@ -31,10 +29,6 @@ MAX_CARDS = 64
 """Queries shown one by one; counts and plots always cover all of them."""
 MAX_OPPONENTS = 5
 MAX_INFLUENTIAL = 12
-MAX_PIXELS = 160
-"""A picture with a longer side than this is reduced to it, so that the page stays small."""
-PIXELATED_UP_TO = 48
-"""Pictures with no longer side than this are enlarged with their pixels sharp."""
 
 
 def write_report(
@@ -197,43 +191,6 @@ class _Method:
     reliability: Float[ndarray, " query"] | None
 
 
-class _Pictures:
-    """Hands out a CSS class for each picture and keeps its bytes once, also where a query is a training image."""
-
-    def __init__(self) -> None:
-        self._names: dict[bytes, str] = {}
-
-    def name(self, data: ImageData, row: int) -> str:
-        return self._names.setdefault(data.picture(row), f"p{len(self._names)}")
-
-    def prepare(self) -> list["_Picture"]:
-        return [_prepare_picture(name, png) for png, name in self._names.items()]
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """One rule of the style sheet."""
-
-    name: str
-    uri: str
-    pixelated: bool
-    reduced: bool
-
-
-def _prepare_picture(name: str, png: bytes) -> _Picture:
-    kind, shown = "png", png
-    with Image.open(io.BytesIO(png)) as image:
-        longest = max(image.size)
-        if longest > MAX_PIXELS:
-            small = image.convert("RGB")
-            small.thumbnail((MAX_PIXELS, MAX_PIXELS))
-            buffer = io.BytesIO()
-            small.save(buffer, "JPEG", quality=88)
-            kind, shown = "jpeg", buffer.getvalue()
-    uri = f"data:image/{kind};base64,{base64.b64encode(shown).decode()}"
-    return _Picture(name, uri, longest <= PIXELATED_UP_TO, longest > MAX_PIXELS)
-
-
 def _assemble(
     title: str,
     scores: Sequence[Scores],
@@ -245,7 +202,7 @@ def _assemble(
 ) -> dict[str, Any]:
     k = min(k, len(train.ids))
     methods = _count_tops(scores, k)
-    pictures = _Pictures()
+    pictures = Pictures()
     cards = [_make_card(row, methods, train, queries, pictures) for row in range(min(len(queries.ids), MAX_CARDS))]
     influential = [_make_influential(method, train, pictures) for method in methods]
     return {
@@ -297,7 +254,7 @@ def _count_tops(scores: Sequence[Scores], k: int) -> list[_Method]:
 
 
 def _make_card(
-    query_row: int, methods: list[_Method], train: ImageData, queries: ImageData, pictures: _Pictures
+    query_row: int, methods: list[_Method], train: ImageData, queries: ImageData, pictures: Pictures
 ) -> _Card:
     return _Card(
         number=query_row + 1,
@@ -309,7 +266,7 @@ def _make_card(
     )
 
 
-def _make_column(method: _Method, query_row: int, train: ImageData, pictures: _Pictures) -> _Column:
+def _make_column(method: _Method, query_row: int, train: ImageData, pictures: Pictures) -> _Column:
     scores, values = method.scores, method.scores.values[query_row]
     top = method.top[query_row].tolist()
     bottom = [entry.train_row for entry in scores.top(query_row, MAX_OPPONENTS, proponents=False)]
@@ -342,7 +299,7 @@ def _title_top(values: Float[ndarray, " train"], num_shown: int) -> str:
 
 
 def _make_hit(
-    method: _Method, query_row: int, row: int, rank: int, exponent: int, train: ImageData, pictures: _Pictures
+    method: _Method, query_row: int, row: int, rank: int, exponent: int, train: ImageData, pictures: Pictures
 ) -> _Hit:
     scores, value = method.scores, float(method.scores.values[query_row, row])
     strongest = float(np.abs(scores.values[query_row]).max())
@@ -450,7 +407,7 @@ def _describe_reliability(method: _Method, query_row: int) -> tuple[str, str]:
 # --- Generally influential samples ---
 
 
-def _make_influential(method: _Method, train: ImageData, pictures: _Pictures) -> dict[str, Any]:
+def _make_influential(method: _Method, train: ImageData, pictures: Pictures) -> dict[str, Any]:
     num_queries, k = method.ranked_top.shape
     order = np.argsort(-method.counts, kind="stable")[:MAX_INFLUENTIAL]
     distinct, places = int((method.counts > 0).sum()), num_queries * k
@@ -465,7 +422,7 @@ def _make_influential(method: _Method, train: ImageData, pictures: _Pictures) ->
     }
 
 
-def _make_entry(method: _Method, row: int, train: ImageData, pictures: _Pictures) -> dict[str, Any]:
+def _make_entry(method: _Method, row: int, train: ImageData, pictures: Pictures) -> dict[str, Any]:
     count = int(method.counts[row])
     timestep, history, _ = _describe_timesteps(method.scores, row)
     return {

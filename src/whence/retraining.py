@@ -2,6 +2,7 @@
 
     retraining/<hash>/manifest.json                     what each training depends on
     retraining/<hash>/models/subset-0003-seed-1/        in training; or finished, where models are kept
+    retraining/<hash>/models/ids-<hash>-seed-1/         the same of a subset that was not drawn, by its members
     retraining/<hash>/outputs-<hash>/subset-0003-seed-1.npz   outputs of one model for the queries; makes it count
     ground_truth/<hash>/                                all of them together: see ``whence.ground_truth``
 
@@ -15,7 +16,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -33,7 +34,7 @@ from whence._files import as_json, publish_file, sha256_of_json, try_lock, write
 from whence._trainers import OwnTrainer, Recipe, make_trainer
 from whence._workers import POLL_S, run_workers
 from whence.checkpoints import check_files, list_checkpoints, load_model, load_scheduler
-from whence.config import RetrainingSettings
+from whence.config import RetrainingSettings, TrainAgainSettings
 from whence.data import ImageData, concatenate
 from whence.diffusion.adapters import check_model
 from whence.diffusion.process import NoiseProcess
@@ -41,6 +42,7 @@ from whence.errors import ConfigError, DataError, RetrainingError, WhenceError
 from whence.ground_truth import GroundTruth
 from whence.measuring import MeasuringGrid, finite_measures, make_grid, measure_model
 from whence.progress import progress_bar
+from whence.sampling import sample_in_parts
 from whence.subject import Subject
 from whence.subsets import draw_subsets
 from whence.training import check_device
@@ -81,9 +83,7 @@ def retrain(
     work = _plan(subject, queries, settings, folder)
     target = folder / "ground_truth" / sha256_of_json(work.identity)[:8]
     if not (target / "ground_truth.json").exists():
-        work.prepare()
-        _warn_of_removed(work)
-        _run(work, show_progress)
+        train_models(work, show_progress=show_progress)
         with filelock.FileLock(work.folder / ".assembling.lock"):  # others may end at the same moment
             if not (target / "ground_truth.json").exists():
                 work.assemble().save(target)
@@ -95,25 +95,93 @@ def _plan(
 ) -> "Retraining":
     """Check everything that can be checked without a training."""
     _check_settings(settings)
-    if not queries:
-        raise ConfigError("Give at least one set of queries to measure.")
     images = subject.train
     if settings.stratified and images.labels is None:
         raise DataError(f"{images.source} has no labels, by which subsets could be stratified.")
-    config = subject.record.manifest["config"] if subject.record else None
-    trainer = make_trainer(settings, config, len(images))
     labels = images.labels if settings.stratified else None
     subsets = draw_subsets(images.ids, settings.subsets, settings.fraction, settings.subset_seed, labels)
-    trainer.check(int(subsets[0].sum()))
+    how = "stratified by label" if settings.stratified else "drawn plainly"
+    drawn = Members(
+        subsets,
+        tuple(f"subset-{number:04d}" for number in range(len(subsets))),
+        tuple((number, seed) for seed in settings.seeds for number in range(len(subsets))),
+        # The labels of subsets, not of anything else: renaming a label then changes nothing else.
+        {
+            "fraction": settings.fraction,
+            "seed": settings.subset_seed,
+            "strata": sha256_of_json(labels) if labels else None,
+        },
+        f"{len(subsets)} subsets of {int(subsets[0].sum())} of {len(images)} images, {how}, each trained from scratch "
+        "with each seed.",
+    )
+    return plan_models(subject, queries, settings, folder, drawn)
+
+
+@dataclass(frozen=True)
+class Members:
+    """On which subsets models are trained."""
+
+    subsets: Bool[ndarray, "subset train"]
+    names: tuple[str, ...]
+    """Of each subset; the same name means the same images."""
+    units: tuple[Unit, ...]
+    """What is trained, in this order."""
+    spec: Any
+    """What the names do not say."""
+    note: str
+    """For the reader."""
+    shared: frozenset[int] = frozenset()
+    """Subsets whose models other questions need too: they are kept."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Images to be sampled from every model, from the noise of these ids."""
+
+    ids: tuple[str, ...]
+    steps: int
+    seed: int
+
+
+def plan_models(
+    subject: Subject,
+    queries: Mapping[str, ImageData],
+    settings: TrainAgainSettings,
+    folder: Path,
+    members: Members,
+    sampling: Sampling | None = None,
+) -> "Retraining":
+    """Check everything that can be checked without a training, of models on given subsets.
+
+    Args:
+        subject: Whose training is repeated.
+        queries: Images to measure, by the name of their set.
+        settings: Training, measuring, processes.
+        folder: The run.
+        members: The subsets.
+        sampling: What to sample from each model as well.
+
+    Returns:
+        What :func:`train_models` trains.
+
+    Raises:
+        ConfigError: If settings cannot be met.
+    """
+    check_train_again(settings)
+    if not queries:
+        raise ConfigError("Give at least one set of queries to measure.")
+    images = subject.train
+    config = subject.record.manifest["config"] if subject.record else None
+    trainer = make_trainer(settings, config, len(images))
+    for size in sorted({int(size) for size in members.subsets.sum(axis=1)}):
+        trainer.check(size)
     joined = concatenate(list(queries.values()))
     if (joined.channels, joined.height, joined.width) != (images.channels, images.height, images.width):
         raise ConfigError("Queries must have the size and the channels of the training images.")
-    # The labels of subsets, not of anything else: renaming a label then changes nothing else.
-    strata = sha256_of_json(labels) if labels else None
     spec = {
         "version": VERSION,
         "train": {"fingerprint": images.fingerprint, "num_images": len(images)},
-        "subsets": {"fraction": settings.fraction, "seed": settings.subset_seed, "strata": strata},
+        "subsets": members.spec,
         **trainer.describe(),
     }
     measuring = {
@@ -124,7 +192,7 @@ def _plan(
         "seed": settings.measure_seed,
         "weights_name": settings.weights_name,
         "queries": {name: {"fingerprint": q.fingerprint, "num_images": len(q)} for name, q in queries.items()},
-    }
+    } | ({"sampling": vars(sampling)} if sampling else {})
     sets = tuple(name for name, part in queries.items() for _ in part.ids)
     return Retraining(
         folder / "retraining" / sha256_of_json(spec)[:8],
@@ -133,11 +201,28 @@ def _plan(
         replace(subject, checkpoints=subject.checkpoints[-1:], record=None),
         joined,
         sets,
-        subsets,
+        members,
         trainer,
         settings,
         subject.process,
+        sampling,
     )
+
+
+def train_models(work: "Retraining", *, show_progress: bool = True) -> None:
+    """Train and measure what is not finished, then clear away what a killed process left.
+
+    Args:
+        work: What :func:`plan_models` gave.
+        show_progress: Show a progress bar.
+
+    Raises:
+        RetrainingError: If a training fails. What was finished is kept.
+    """
+    work.prepare()
+    _warn_of_removed(work)
+    _run(work, show_progress)
+    work.tidy()
 
 
 @dataclass(frozen=True)
@@ -152,10 +237,11 @@ class Retraining:
     subject: Subject
     queries: ImageData
     query_sets: tuple[str, ...]
-    subsets: Bool[ndarray, "subset train"]
+    members: Members
     trainer: Recipe | OwnTrainer
-    settings: RetrainingSettings
+    settings: TrainAgainSettings
     process: NoiseProcess
+    sampling: Sampling | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -164,9 +250,14 @@ class Retraining:
         return {"training": self.spec, "measuring": self.measuring, **counts}
 
     @property
-    def units(self) -> list[Unit]:
-        """All subsets with the first seed, then with the second, and so on."""
-        return [(subset, seed) for seed in self.settings.seeds for subset in range(len(self.subsets))]
+    def subsets(self) -> Bool[ndarray, "subset train"]:
+        """True where a sample is trained on."""
+        return self.members.subsets
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """All that is to be trained."""
+        return self.members.units
 
     @cached_property
     def grid(self) -> MeasuringGrid:
@@ -189,7 +280,15 @@ class Retraining:
 
     def outputs_path(self, unit: Unit) -> Path:
         """Give the file that makes a unit count."""
-        return self.folder / f"outputs-{sha256_of_json(self.measuring)[:8]}" / f"{_name(unit)}.npz"
+        return self.folder / f"outputs-{sha256_of_json(self.measuring)[:8]}" / f"{self.name(unit)}.npz"
+
+    def model_folder(self, unit: Unit) -> Path:
+        """Give the folder of a unit's model."""
+        return self.folder / "models" / self.name(unit)
+
+    def name(self, unit: Unit) -> str:
+        """Name a unit's files."""
+        return f"{self.members.names[unit[0]]}-seed-{unit[1]}"
 
     def missing(self) -> list[Unit]:
         """Give the units that are not finished."""
@@ -222,11 +321,11 @@ class Retraining:
         return True
 
     def _lock(self, unit: Unit) -> Path:
-        return self.folder / f".{_name(unit)}.lock"
+        return self.folder / f".{self.name(unit)}.lock"
 
     def _train_and_measure(self, unit: Unit, device: str) -> None:
         subset, seed = unit
-        folder = self.folder / "models" / _name(unit)
+        folder = self.model_folder(unit)
         images = self.subject.train.select(np.flatnonzero(self.subsets[subset]))
         self.trainer.train(folder, images, seed, device)
         path = self.outputs_path(unit)
@@ -239,8 +338,8 @@ class Retraining:
 
     def _keep_or_remove(self, unit: Unit) -> None:
         """Mark a model that is to stay; remove one that no run has asked to keep."""
-        folder = self.folder / "models" / _name(unit)
-        if self.settings.keep_models and folder.exists():
+        folder = self.model_folder(unit)
+        if (self.settings.keep_models or unit[0] in self.members.shared) and folder.exists():
             (folder / _KEPT).touch()
         elif not (folder / _KEPT).exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -249,7 +348,8 @@ class Retraining:
         weights = self.settings.weights_name
         checkpoint = list_checkpoints(folder)[-1]
         check_files(checkpoint)
-        process = NoiseProcess.from_scheduler(load_scheduler(checkpoint))
+        scheduler = load_scheduler(checkpoint)
+        process = NoiseProcess.from_scheduler(scheduler)
         if process.content_hash != self.process.content_hash:
             raise RetrainingError(
                 f"the noise schedule or prediction type of the model in {folder} is not that of the run, so that their "
@@ -266,17 +366,27 @@ class Retraining:
             "timestep_loss": measured.timestep_loss,
             "model": np.array(checkpoint.content_hash(weights)),
             "made_with": np.array(json.dumps(made_with, sort_keys=True)),
-        }
+        } | ({"images": self.sample(model, scheduler)} if self.sampling else {})
 
-    def assemble(self) -> GroundTruth:
-        """Put the outputs of all models together, and clear away what a killed process left."""
+    def sample(self, model: Any, scheduler: Any) -> ndarray:
+        """Sample the images that are asked of every model: (sample, channel, height, width)."""
+        asked = self.sampling
+        assert asked is not None
+        size = self.settings.batch_size
+        return sample_in_parts(model, scheduler, asked.ids, steps=asked.steps, seed=asked.seed, batch_size=size)
+
+    def tidy(self) -> None:
+        """Clear away what a killed process left, where all units are finished."""
         for unit in self.units:
             with try_lock(self._lock(unit)) as mine:
                 if mine:
                     self._keep_or_remove(unit)
                     self._lock(unit).unlink(missing_ok=True)
+
+    def assemble(self) -> GroundTruth:
+        """Put the outputs of all models together; units are all subsets with the first seed, then the second, ..."""
         shape = (len(self.settings.seeds), len(self.subsets))
-        units = [self._read(unit) for unit in self.units]
+        units = [self.read(unit) for unit in self.units]
         # Units are ordered by seed, then subset; the arrays by subset, then seed.
         outputs = np.stack([u["outputs"] for u in units]).reshape(*shape, -1, len(self.queries))
         losses = np.stack([u["timestep_loss"] for u in units]).reshape(*shape, len(self.queries), -1)
@@ -299,24 +409,22 @@ class Retraining:
             | {"notes": self._notes()},
         )
 
-    def _read(self, unit: Unit) -> dict[str, ndarray]:
+    def read(self, unit: Unit) -> dict[str, ndarray]:
+        """Read what a finished model gave."""
         path = self.outputs_path(unit)
         try:
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-                return {name: file[name] for name in ("outputs", "timestep_loss", "model", "made_with")}
+                images = ("images",) if self.sampling else ()
+                return {name: file[name] for name in ("outputs", "timestep_loss", "model", "made_with", *images)}
         except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise RetrainingError(f"{path} is damaged: {error}. Delete it and run again.") from error
 
     def _notes(self) -> list[str]:
-        size, whole = int(self.subsets[0].sum()), self.subsets.shape[1]
-        how = "stratified by label" if self.settings.stratified else "drawn plainly"
-        notes = [
-            f"{len(self.subsets)} subsets of {size} of {whole} images, {how}, each trained from scratch with each seed."
-        ]
+        notes = [self.members.note]
         if isinstance(self.trainer, Recipe):
-            training = self.trainer.training
-            steps = training.epochs * -(-size // training.batch_size)
-            notes.append(f"Each model took {training.epochs} epochs over its subset, {steps} optimizer steps.")
+            size = int(self.subsets[0].sum())
+            epochs, steps = self.trainer.training_of(size).epochs, self.trainer.num_steps(size)
+            notes.append(f"Each model took {epochs} epochs over its subset, {steps} optimizer steps.")
         if len(self.settings.seeds) == 1:
             notes.append("With one seed the noise of the outputs is not known; no ceiling can be given.")
         return notes
@@ -336,7 +444,7 @@ def _warn_of_removed(work: Retraining) -> None:
     if not work.settings.keep_models:
         return
     finished = set(work.units) - set(work.missing())
-    removed = [unit for unit in finished if not (work.folder / "models" / _name(unit)).exists()]
+    removed = [unit for unit in finished if not work.model_folder(unit).exists()]
     if removed:
         warnings.warn(f"keep_models comes too late for {len(removed)} models: they are removed already.", stacklevel=3)
 
@@ -345,18 +453,25 @@ def _show(bar: Any, done: int) -> None:
     bar.update(done - bar.n)
 
 
-def _name(unit: Unit) -> str:
-    return f"subset-{unit[0]:04d}-seed-{unit[1]}"
-
-
 def _check_settings(settings: RetrainingSettings) -> None:
-    faults = [
-        f"{name} must be above 0, found {getattr(settings, name)}"
-        for name in ("subsets", "checkpoints", "timesteps", "batch_size", "workers", "threads")
-        if getattr(settings, name) < 1
-    ]
+    faults = [f"subsets must be above 0, found {settings.subsets}"] if settings.subsets < 1 else []
     if not 0 < settings.fraction < 1:
         faults.append(f"fraction must lie between 0 and 1, found {settings.fraction}")
+    check_train_again(settings, faults)
+
+
+def check_train_again(settings: TrainAgainSettings, faults: Sequence[str] = ()) -> None:
+    """Refuse settings that cannot be met, together with what else was found at fault.
+
+    Raises:
+        ConfigError: The message names all faults.
+    """
+    faults = [*faults]
+    faults += [
+        f"{name} must be above 0, found {getattr(settings, name)}"
+        for name in ("checkpoints", "timesteps", "batch_size", "workers", "threads")
+        if getattr(settings, name) < 1
+    ]
     if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
         faults.append(f"seeds must be one or more different numbers, found {settings.seeds}")
     if not settings.devices:

@@ -1,6 +1,6 @@
 """Sampling images from a model, reproducibly: each from the noise of its own key."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,3 +55,24 @@ def sample_images(
                 keep(int(timestep), np.clip(made.pred_original_sample.cpu().numpy(), -1, 1))
             bar.update()
     return np.clip(images.cpu().numpy(), -1, 1)
+
+
+def sample_in_parts(
+    model: Any, scheduler: Any, ids: Sequence[str], *, steps: int, seed: int, batch_size: int
+) -> Float32[ndarray, "sample channel height width"]:
+    """Sample as :func:`sample_images` does, so many images at once, without a progress bar.
+
+    Args:
+        model: A denoising model in evaluation mode.
+        scheduler: The noise scheduler it was trained with.
+        ids: Names of the samples.
+        steps: Denoising steps.
+        seed: Seed of the noise.
+        batch_size: Images at once.
+
+    Returns:
+        Images clipped to [-1, 1].
+    """
+    parts = [list(ids[start : start + batch_size]) for start in range(0, len(ids), batch_size)]
+    images = [sample_images(model, scheduler, part, steps=steps, seed=seed, show_progress=False) for part in parts]
+    return np.concatenate(images)

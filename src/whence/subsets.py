@@ -62,6 +62,25 @@ def draw_subsets(
     return np.stack(list(drawn.values()))
 
 
+def draw_members(ids: Sequence[str], size: int, seed: int, number: int = 0) -> Bool[ndarray, " train"]:
+    """Draw one set of a given size from all samples together.
+
+    Args:
+        ids: Training samples.
+        size: Members, 0 to all.
+        seed: Seed of the draw.
+        number: Of the set.
+
+    Returns:
+        True where a sample is a member; sets of one number and seed are nested, a larger one holds the smaller ones.
+
+    Example:
+        >>> draw_members(["a", "b", "c", "d"], 1, seed=0)
+        array([False,  True, False, False])
+    """
+    return _draw(ids, [np.arange(len(ids))], [size], seed, number, 0)
+
+
 def _draw(
     ids: Sequence[str], groups: Sequence[ndarray], sizes: Sequence[int], seed: int, number: int, attempt: int
 ) -> Bool[ndarray, " train"]:

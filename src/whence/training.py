@@ -6,6 +6,9 @@ checkpoint to the same bytes. The optimizer step over a batch of n samples follo
 
 import json
 import math
+import statistics
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +30,7 @@ from whence.precision import autocast
 from whence.progress import progress_bar
 from whence.recorder import Recorder
 
+_TIMED_STEPS = 6
 _HEAD_WIDTH = 8  # attention_head_dim of diffusers.UNet2DModel by default
 
 
@@ -90,7 +94,7 @@ def checkpoint_steps(num_images: int, settings: TrainingSettings) -> list[int]:
             f"two of them; found {settings.checkpoints}."
         )
     epochs = [round(k * settings.epochs / settings.checkpoints) for k in range(1, settings.checkpoints + 1)]
-    return [epoch * _steps_per_epoch(num_images, settings) for epoch in epochs]
+    return [epoch * steps_per_epoch(num_images, settings) for epoch in epochs]
 
 
 def train(
@@ -143,6 +147,31 @@ def train(
         loop.probe()
     assert checkpoint is not None  # the last step is one of the stops
     return checkpoint
+
+
+def seconds_per_step(data: ImageData, model_settings: ModelSettings, settings: TrainingSettings, device: str) -> float:
+    """Time some steps of a training of which nothing stays.
+
+    Args:
+        data: Training images.
+        model_settings: Architecture and noise schedule.
+        settings: Optimizer and batch.
+        device: Torch device.
+
+    Returns:
+        The median over steps; the first one, which is slower, is not counted.
+    """
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=_cuda_devices(device)):
+        _seed(settings.seed, device)
+        model = make_model(model_settings, data, settings.seed).to(device)
+        loop = _Loop(Path(folder), data, model, model_settings, settings, _TIMED_STEPS, device)
+        with loop.recorder:
+            for _ in range(_TIMED_STEPS):
+                start_s = time.perf_counter()
+                loop.step()  # gives its loss as a number, so that a GPU has finished
+                seconds.append(time.perf_counter() - start_s)
+    return statistics.median(seconds[1:])
 
 
 class _Loop:
@@ -274,7 +303,7 @@ class _Loop:
 
     def _rows_of_step(self, step: int) -> Tensor:
         """Cut the epoch's order into batches; the last one holds the rest."""
-        epoch, batch = divmod(step - 1, _steps_per_epoch(len(self.data), self.settings))
+        epoch, batch = divmod(step - 1, steps_per_epoch(len(self.data), self.settings))
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = torch.from_numpy(keyed_order(self.settings.seed, epoch, len(self.data)))
@@ -310,7 +339,8 @@ def _set_rng_states(states: dict[str, Tensor], device: str) -> None:
             torch.cuda.set_rng_state(states["cuda"], index)
 
 
-def _steps_per_epoch(num_images: int, settings: TrainingSettings) -> int:
+def steps_per_epoch(num_images: int, settings: TrainingSettings) -> int:
+    """Count the optimizer steps of a pass over so many images."""
     return -(-num_images // settings.batch_size)
 
 
