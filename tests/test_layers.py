@@ -80,6 +80,11 @@ LAYER_OF = {
     "comparison": "stages",
     "datamodels": "stages",
     "evaluation": "stages",
+    "retrieval": "stages",
+    "duplicates": "stages",
+    "bias": "stages",
+    "diagnosis": "stages",
+    "reliability": "stages",
     # views: read only
     "report": "views",
     "_plots": "views",
