@@ -521,8 +521,13 @@ def test_rankings_are_evaluated_and_diagnosed_without_retraining(run, images, tm
     assert all(1 <= row["rank as if"] <= 6 for row in table["rows"])
     bias = json.loads((run / "evaluation" / "bias.json").read_text())
     assert len(bias["samples"]) == 1 and len(bias["samples"][0]["checkpoints"][0]["norms"]) == 3
+    small = answer(capsys, "trace", run, "--queries", images, *TRACE, "--until", "0.01", "--until-of", "worst")
+    budget = Scores.load(small["scores"]["retrac"]).details["budget"]
+    assert budget["of"] == "worst" and budget["rounds"][0]["timesteps"] == 4
     answer(capsys, "index", run)
-    answer(capsys, "query", run, "--queries", images, "--timesteps", "2", "--draws", "2")
+    until = ["query", run, "--queries", images, "--timesteps", "2", "--draws", "2", "--until", "0.01"]
+    assert "leave keep_top out" in fails(capsys, *until, "--keep-top", "2")
+    answer(capsys, *until)
     stored = answer(capsys, "diagnose", run)
     assert "rank as if" not in stored["rows"][0] and any("No intervention" in note for note in stored["notes"])
 
