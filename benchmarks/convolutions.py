@@ -5,7 +5,7 @@
 
 Times are medians in microseconds, for one 3 x 3 convolution of as many units as events; ``plain`` is the weight
 gradient of the whole batch, as training takes it. The engine gathers on a GPU, and on a CPU where there are more
-outputs than positions (design note 0012).
+outputs than positions (design note 0014).
 """
 
 import argparse

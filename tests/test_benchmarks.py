@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from whence.config import DataSettings, ModelSettings, TrainingSettings
+from whence.pipeline import train_run
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPT = BENCHMARKS / "engine.py"
 
@@ -75,3 +78,21 @@ def test_scores_are_those_of_the_formulas(agreement):
         # rows of a store are float32, the optimizer's state too
         assert row["distance"] < 1e-5 and abs(row["factor"] - 1) < 1e-5, row
         assert f"| {row['scores']} | formula |" in text
+
+
+def test_reliability_of_growing_grids_is_tabulated(tmp_path):
+    train_run(
+        tmp_path / "run",
+        "demo",
+        data_settings=DataSettings(resolution=8),
+        model_settings=ModelSettings(widths=(8, 8), norm_groups=4),
+        settings=TrainingSettings(epochs=1, batch_size=250, checkpoints=1),
+        show_progress=False,
+    )
+    command = [sys.executable, str(BENCHMARKS / "reliability.py"), str(tmp_path / "run"), "--queries", "1"]
+    command += ["--largest", "9", "2", "--json", str(tmp_path / "out.json")]
+    made = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [(r["timesteps"], r["draws"]) for r in results] == [(8, 2), (9, 2), (8, 16)]
+    assert all(-1 <= r[m]["spearman"] <= 1 for r in results for m in ("tracin", "retrac"))
+    assert "| 8 x 2 | 16 |" in made.stdout and "`--until 0.95` takes 16" in made.stdout

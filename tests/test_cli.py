@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_the_whole_flow_from_images_to_a_page(run, tmp_path, capsys):
     assert len(traced["rows"]) == 4 * 2 * 5
     assert {row["train id"] for row in traced["rows"]} <= {f"{'odd' if k % 2 else 'even'}/{k}.png" for k in range(6)}
     page = answer(capsys, "report", run, "--planted", "odd")
-    assert [row["method"] for row in page["rows"]] == ["tracin", "retrac", "pixels", "random"]
+    assert [row["method"] for row in page["rows"]] == ["tracin", "retrac", "pixels", "random", "chance"]
     html = (run / "report" / "index.html").read_text()
     assert page["page"] == str(run / "report" / "index.html") and "odd/1.png" in html
     assert len(answer(capsys, "self", run)["rows"]) == 6
@@ -246,7 +247,8 @@ def test_a_full_disk_is_told_without_a_traceback(run, images, capsys, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "sample", "trace", "plan", "self", "retrain", "evaluate", "report", "check", "show"]
+    "command",
+    ["demo", "train", "sample", "trace", "plan", "self", "retrain", "evaluate", "diagnose", "report", "check", "show"],
 )
 def test_help_is_complete(command, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -494,6 +496,40 @@ def test_from_retraining_to_a_table_of_methods(run, tmp_path, capsys):
     assert record["ground_truth"] == truth and len(record["subsets"]) == 6
     table = (run / "evaluation" / "lds.md").read_text()
     assert table.startswith("| method | queries | count | LDS |") and "| tracin | validation | 2 |" in table
+
+
+def test_rankings_are_evaluated_and_diagnosed_without_retraining(run, images, tmp_path, capsys):
+    assert "no scores yet" in fails(capsys, "evaluate", run)
+    answer(capsys, "trace", run, "--queries", images, *TRACE, "--methods", "tracin", "retrac", "pixels")
+    found = answer(capsys, "evaluate", run, "--k", "2")
+    pixels, chance = ({**row} for row in found["rows"][-2:])
+    assert pixels["self-rank"] == 1 and chance["self-rank"] == 3.5  # the queries are the six training images
+    assert 0 < pixels["precision@2"] <= 1 and chance["method"] == "chance"
+    assert Path(found["table"]).read_text().startswith("| method | precision@2 |")
+    planted = answer(capsys, "evaluate", run, "--k", "2", "--planted", "odd")
+    assert "false@2" in planted["rows"][0]
+
+    flipped = tmp_path / "flipped.txt"
+    flipped.write_text("odd/1.png\n")
+    assert "make some with `whence self RUN`" in fails(capsys, "evaluate", run, "--flipped", flipped)
+    answer(capsys, "self", run)
+    (detected,) = answer(capsys, "evaluate", run, "--flipped", flipped)["more"]
+    assert [row["method"] for row in detected["rows"]] == ["self_norm", "chance"]
+
+    table = answer(capsys, "diagnose", run, "--count", "1", "--timesteps", "3", "--k", "2")
+    assert [row["method"] for row in table["rows"]] == ["tracin", "retrac"]
+    assert all(1 <= row["rank as if"] <= 6 for row in table["rows"])
+    bias = json.loads((run / "evaluation" / "bias.json").read_text())
+    assert len(bias["samples"]) == 1 and len(bias["samples"][0]["checkpoints"][0]["norms"]) == 3
+    small = answer(capsys, "trace", run, "--queries", images, *TRACE, "--until", "0.01", "--until-of", "worst")
+    budget = Scores.load(small["scores"]["retrac"]).details["budget"]
+    assert budget["of"] == "worst" and budget["rounds"][0]["timesteps"] == 4
+    answer(capsys, "index", run)
+    until = ["query", run, "--queries", images, "--timesteps", "2", "--draws", "2", "--until", "0.01"]
+    assert "leave keep_top out" in fails(capsys, *until, "--keep-top", "2")
+    answer(capsys, *until)
+    stored = answer(capsys, "diagnose", run)
+    assert "rank as if" not in stored["rows"][0] and any("No intervention" in note for note in stored["notes"])
 
 
 def test_what_retraining_makes_cannot_be_traced(run, images, capsys):

@@ -41,6 +41,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     for _ in range(2000):
         values = rng.normal(size=(3, 2)) + rng.normal(size=2) + np.array([[0.0], [1.0], [3.0]])
         found = contrast(values, 2, 1)
+        assert found.low is not None and found.high is not None
         held += found.low <= 2 <= found.high
     assert abs(held / 2000 - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 2000)
 

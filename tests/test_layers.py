@@ -87,6 +87,11 @@ LAYER_OF = {
     "cleaning": "stages",
     "near_duplicates": "stages",
     "export": "stages",
+    "retrieval": "stages",
+    "duplicates": "stages",
+    "bias": "stages",
+    "diagnosis": "stages",
+    "reliability": "stages",
     # views: read only
     "report": "views",
     "_plots": "views",

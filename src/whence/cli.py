@@ -141,6 +141,8 @@ def trace(
     out: Path | None = None,
     loss: LossName | None = None,
     allow_pickle: bool = False,
+    until: float | None = None,
+    until_of: Literal["median", "worst"] = "median",
     top: int = 5,
     data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
     settings: Flat[TraceSettings] = TraceSettings(),  # noqa: B008
@@ -159,6 +161,9 @@ def trace(
         out: Folder for scores and report, where the model was not trained by whence.
         loss: Training loss of a model without a record. Default: mse.
         allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
+        until: Reliability, such as 0.95: take no more timesteps and draws of the queries than reach it. --timesteps and
+            --draws are then the most that are taken.
+        until_of: Reliability of the median query, or of the worst.
         top: Training images to print for each query.
         data_settings: How images are read. Default: as the run did.
         settings: Size of the grids, arithmetic, batch sizes.
@@ -167,7 +172,7 @@ def trace(
     from whence.pipeline import open_run
 
     run = open_run(model, data=data, data_settings=_given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle)
-    scores = run.trace(queries, methods, settings)
+    scores = run.trace(queries, methods, settings, until=until, until_of=until_of)
     _print_rankings(list(scores.values()), top, json)
 
 
@@ -279,6 +284,8 @@ def query(
     out: Path | None = None,
     loss: LossName | None = None,
     allow_pickle: bool = False,
+    until: float | None = None,
+    until_of: Literal["median", "worst"] = "median",
     top: int = 5,
     data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
     settings: Flat[QuerySettings] = QuerySettings(),  # noqa: B008
@@ -296,6 +303,9 @@ def query(
         out: Folder of the stores and scores, where the model was not trained by whence.
         loss: Training loss of a model without a record. Default: mse.
         allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
+        until: Reliability, such as 0.95: take no more timesteps and draws of the queries than reach it. --timesteps and
+            --draws are then the most that are taken.
+        until_of: Reliability of the median query, or of the worst.
         top: Training images to print for each query.
         data_settings: How images are read. Default: as the run did.
         settings: Size of the query grid, batch size.
@@ -304,7 +314,7 @@ def query(
     from whence.pipeline import open_run
 
     run = open_run(model, data=data, data_settings=_given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle)
-    scores = run.query(queries, methods, settings, store=store, top=keep_top)
+    scores = run.query(queries, methods, settings, store=store, top=keep_top, until=until, until_of=until_of)
     _print_rankings(list(scores.values()), top, json)
 
 
@@ -485,37 +495,94 @@ def evaluate(
     run: Positional[Path],
     /,
     *,
-    ground_truth: Path,
+    ground_truth: Path | None = None,
     scores: tuple[Path, ...] = (),
     measure: str = "loss",
     fit_subsets: int | None = None,
     draws: int = 1000,
     seed: int = 0,
+    planted: str | None = None,
+    k: int = 10,
+    near_distance: float = 0.1,
+    flipped: Path | None = None,
+    data: str | None = None,
     json: bool = False,
 ) -> None:
-    """Compare scores with retrained models: the linear datamodeling score (LDS) of each method and set of queries.
+    """Say how good scores are: retrieval and specificity beside chance; and, with a ground truth, their LDS.
 
-    LDS is the rank correlation over subsets between the sum of the scores of a subset's images and minus the measured
-    output, mean over queries. The interval is 95 %, over queries and subsets; the ceiling is what no score can beat,
-    from the spread over seeds. The tables are also in evaluation/lds.json and lds.md of the run.
+    Retrieval and specificity are of what was traced last: does a query find its own label, itself, its near-duplicates,
+    and have different queries different answers? LDS, the linear datamodeling score, is the rank correlation over
+    subsets between the sum of the scores of a subset's images and minus the measured output of the model that was
+    retrained on it, mean over queries. Its interval is 95 %, over queries and subsets; the ceiling is what no score can
+    beat, from the spread over seeds. All tables are also in evaluation/ of the run.
 
     Args:
         run: A run with scores.
         ground_truth: Folder that `whence retrain` has made, or that others have published.
-        scores: Folders of scores. Default: all of the run that fit.
-        measure: Which output: loss, mse, squares, simplified_elbo, elbo.
-        fit_subsets: Also fit empirical influence and datamodels on so many subsets, and evaluate all on the rest.
+        scores: Folders of scores. Default: for LDS all of the run that fit, else those of the last trace.
+        measure: For LDS, which output: loss, mse, squares, simplified_elbo, elbo.
+        fit_subsets: For LDS, also fit empirical influence and datamodels on so many subsets, and evaluate on the rest.
         draws: Resamples for the interval.
         seed: Seed of the resamples.
+        planted: Label of a group of training images that queries of this label should find. Default: queries should
+            find the training images of their own label.
+        k: Length of a ranking.
+        near_distance: Largest difference of near-duplicates: root mean square over pixels from -1 to 1.
+        flipped: File with ids of training images that are at fault, one a line, such as those with flipped labels: how
+            well does the run's self-influence (`whence self`) find them?
+        data: Training images, where they were moved.
+        json: Print the tables as JSON.
+    """
+    from whence.pipeline import open_run
+
+    opened = open_run(run, data=data)
+    tables: dict[str, dict[str, Any]] = {}
+    lds: dict[str, float] | None = None
+    if ground_truth is not None:
+        results, tables["lds"] = opened.evaluate(
+            ground_truth, scores or None, measure=measure, fit_subsets=fit_subsets, draws=draws, seed=seed
+        )
+        by_method = {r.method: [one.lds for one in results if one.method == r.method] for r in results}
+        lds = {method: sum(values) / len(values) for method, values in by_method.items()}
+    if ground_truth is None or planted is not None:
+        tables["rankings"] = opened.evaluate_rankings(
+            scores or None, planted=planted, k=k, near_distance=near_distance, lds=lds
+        )
+    if flipped is not None:
+        tables["detection"] = opened.evaluate_detection(flipped.read_text(encoding="utf-8").split())
+    _print_tables({str(run / "evaluation" / f"{name}.md"): table for name, table in tables.items()}, json)
+
+
+def diagnose(
+    run: Positional[Path],
+    /,
+    *,
+    samples: tuple[str, ...] = (),
+    count: int = 3,
+    timesteps: int = 100,
+    k: int = 10,
+    data: str | None = None,
+    json: bool = False,
+) -> None:
+    """Say how far scores follow the timesteps at which images happened to be trained, instead of what is in the images.
+
+    Of what was traced last: correlations of scores with gradient norms and trained timesteps; and the experiment of the
+    ReTrac paper: some images are scored as if they had been trained at the timestep where their gradient is longest,
+    which costs as many passes as tracing the queries did. Norm curves and histograms are in evaluation/bias.json.
+
+    Args:
+        run: A run with scores.
+        samples: Ids of training images for the experiment. Default: some at random.
+        count: How many at random; 0: none, and nothing is computed but statistics of the scores.
+        timesteps: Points of a norm curve.
+        k: Length of a ranking.
+        data: Training images, where they were moved.
         json: Print the table as JSON.
     """
     from whence.pipeline import open_run
 
-    _, table = open_run(run).evaluate(
-        ground_truth, scores or None, measure=measure, fit_subsets=fit_subsets, draws=draws, seed=seed
-    )
-    written = str(run / "evaluation" / "lds.md")
-    _print_table(table["columns"], table["rows"], json, table=written, notes=table["notes"])
+    table = open_run(run, data=data).diagnose(samples=samples, count=count, timesteps=timesteps, k=k)
+    _print_tables({str(run / "evaluation" / "bias.md"): table}, json)
 
 
 def report(
@@ -645,6 +712,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "evaluate": evaluate,
         "prove": prove,
         "clean": clean,
+        "diagnose": diagnose,
         "methods": methods,
         "verify": verify,
         "merge": merge,
@@ -855,6 +923,22 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], json: bo
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     for name, value in extra.items():
         _print_extra(name, value)
+
+
+def _print_tables(tables: Mapping[str, Mapping[str, Any]], json: bool) -> None:
+    """Print tables one after the other, each with the file that it is in; as JSON, one list of them."""
+    if json:
+        found = [
+            {"table": file, "rows": [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]}
+            | {"notes": table["notes"]}
+            for file, table in tables.items()
+        ]
+        print(jsonlib.dumps({**found[0], "more": found[1:]}, indent=1))
+        return
+    for number, (file, table) in enumerate(tables.items()):
+        if number:
+            print()
+        _print_table(table["columns"], table["rows"], json, table=file, notes=table["notes"])
 
 
 def _print_extra(name: str, value: Any) -> None:

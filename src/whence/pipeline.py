@@ -9,7 +9,7 @@ is.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from whence._files import publish_file, write_json
 from whence.attribution import trace
 from whence.checkpoints import list_checkpoints, load_model, load_scheduler
 from whence.cleaning import Cleaning, clean
-from whence.comparison import compare
+from whence.comparison import compare, markdown_table
 from whence.config import (
     CleaningSettings,
     CounterfactualSettings,
@@ -38,9 +38,10 @@ from whence.config import (
 )
 from whence.counterfactual import Counterfactual, plan_counterfactual
 from whence.data import ImageData, concatenate, open_images, save_arrays
+from whence.diagnosis import diagnose
+from whence.duplicates import NEAR_DISTANCE
 from whence.effects import run_counterfactual
 from whence.errors import ConfigError, DataError, RecordError, ScoresError, check_choice
-from whence.evaluation import retrieval_table
 from whence.event_table import EventBatch, EventTable, grid_events, make_batch
 from whence.evidence import write_evidence
 from whence.export import export
@@ -52,12 +53,14 @@ from whence.plan import Plan, plan
 from whence.plan_index import plan_index
 from whence.querying import query
 from whence.record import Record, read_manifest
+from whence.reliability import Of, Target, query_until, trace_until
 from whence.replay_check import CheckRow, check_run
 from whence.report import write_report
 from whence.retraining import retrain
+from whence.retrieval import detection_table, retrieval_table
 from whence.sampling import sample_images
 from whence.scores import Scores, TopScores
-from whence.self_influence import Kind, SelfInfluenceCost, self_influence, self_influence_cost
+from whence.self_influence import SELF, Kind, SelfInfluenceCost, self_influence, self_influence_cost
 from whence.store import Store
 from whence.store_spec import choose_store
 from whence.subject import Subject
@@ -133,6 +136,8 @@ class Run:
         methods: Methods = ("tracin", "retrac"),
         settings: TraceSettings | None = None,
         *,
+        until: float | None = None,
+        until_of: Of = "median",
         show_progress: bool = True,
         **changes: Any,
     ) -> dict[str, Scores]:
@@ -142,6 +147,8 @@ class Run:
             queries: Query images, or where they are.
             methods: Names of methods, or declarations of your own.
             settings: Size of the grids and the like. Default: those of Diffusion-ReTrac, 100 timesteps x 16 draws.
+            until: Take no more timesteps and draws than give this reliability; see :mod:`whence.reliability`.
+            until_of: Reliability of the median or of the worst query.
             show_progress: Show a progress bar.
             **changes: Single settings by name, as ``timesteps=16``.
 
@@ -150,7 +157,12 @@ class Run:
         """
         settings = replace(settings or TraceSettings(), **changes)
         images = self.open_queries(queries)
-        scores = trace(self.subject, images, _declared(methods), settings, self.folder, show_progress=show_progress)
+        declared = _declared(methods)
+        if until is not None:
+            asked = (self.subject, images, declared, settings, self.folder, Target(until, until_of))
+            scores, settings = trace_until(*asked, show_progress=show_progress)
+        else:
+            scores = trace(self.subject, images, declared, settings, self.folder, show_progress=show_progress)
         self._note_latest(list(scores.values()), queries, settings)
         return scores
 
@@ -231,6 +243,8 @@ class Run:
         *,
         store: Store | str | Path | None = None,
         top: int | None = None,
+        until: float | None = None,
+        until_of: Of = "median",
         show_progress: bool = True,
         **changes: Any,
     ) -> dict[str, Scores | TopScores]:
@@ -242,23 +256,35 @@ class Run:
             settings: Size of the query grid and the like.
             store: A store, or its folder. Default: the one in ``stores/`` that serves the methods.
             top: Keep only so many images of each query.
+            until: Take no more timesteps and draws than give this reliability; see :mod:`whence.reliability`.
+            until_of: Reliability of the median or of the worst query.
             show_progress: Show a progress bar.
             **changes: Single settings by name, as ``timesteps=16``.
 
         Returns:
             Scores by method name. They are also in ``scores/``, and are not computed again.
+
+        Raises:
+            ConfigError: If ``until`` is given with ``top``.
         """
         settings = replace(settings or QuerySettings(), **changes)
         images, declared = self.open_queries(queries), _declared(methods)
         if not isinstance(store, Store):
             folders = [Path(store)] if store is not None else sorted((self.folder / "stores").glob("*"))
             store = choose_store([Store.open(folder) for folder in folders], self.subject, declared)
-        scores = query(
-            self.subject, store, images, declared, settings, self.folder, top=top, show_progress=show_progress
-        )
+        if until is not None and top is not None:
+            raise ConfigError("The reliability that until asks for is that of all scores; leave keep_top out.")
+        scores: Mapping[str, Scores | TopScores]
+        if until is not None:
+            asked = (self.subject, store, images, declared, settings, self.folder, Target(until, until_of))
+            scores, settings = query_until(*asked, show_progress=show_progress)
+        else:
+            scores = query(
+                self.subject, store, images, declared, settings, self.folder, top=top, show_progress=show_progress
+            )
         if top is None:  # a page needs all scores
             self._note_latest(list(scores.values()), queries, settings)
-        return scores
+        return dict(scores)
 
     def _note_latest(
         self, scores: Sequence[Scores | TopScores], queries: Images, settings: TraceSettings | QuerySettings
@@ -470,6 +496,95 @@ class Run:
             The file or folder with the images, a source for ``whence train``; see :mod:`whence.export`.
         """
         return export(cleaning, Path(folder), self.data_settings)
+
+    def evaluate_rankings(
+        self,
+        scores: Sequence[Scores | str | Path] | None = None,
+        *,
+        queries: ImageData | None = None,
+        planted: str | None = None,
+        k: int = 10,
+        near_distance: float = NEAR_DISTANCE,
+        lds: Mapping[str, float] | None = None,
+    ) -> dict[str, Any]:
+        """Measure retrieval and specificity of what was traced last, which needs no retrained models.
+
+        Args:
+            scores: Scores for the queries of the last trace, or their folders. Default: all of the last trace.
+            queries: The queries, where they were given to :meth:`trace` as opened images.
+            planted: Label of a group of training images that queries of that label should find.
+            k: Length of a ranking.
+            near_distance: Largest pixel distance of near-duplicates.
+            lds: Linear datamodeling scores by method, for a column beside.
+
+        Returns:
+            The table of :func:`whence.retrieval.retrieval_table`, which is also in ``evaluation/rankings.json``, and as
+            Markdown in ``rankings.md``.
+        """
+        latest, opened, _ = self.load_scores(queries)
+        chosen = latest if scores is None else [s if isinstance(s, Scores) else Scores.load(s) for s in scores]
+        table = retrieval_table(chosen, self.train_images, opened, planted, k, near_distance=near_distance, lds=lds)
+        self._write_table("rankings", table)
+        return table
+
+    def evaluate_detection(self, ids: Sequence[str]) -> dict[str, Any]:
+        """Measure how self-influence finds training images known to be at fault, such as those with flipped labels.
+
+        Args:
+            ids: Their ids.
+
+        Returns:
+            The table of :func:`whence.retrieval.detection_table` over all self-influence in ``scores/``, which is also
+            in ``evaluation/detection.json`` and ``detection.md``.
+        """
+        paths = sorted((self.folder / "scores").glob("self*/manifest.json"))
+        found = [one for one in (Scores.load(path.parent) for path in paths) if one.query_ids == (SELF,)]
+        table = detection_table(found, ids)
+        self._write_table("detection", table)
+        return table
+
+    def diagnose(
+        self,
+        *,
+        samples: Sequence[str] = (),
+        count: int = 3,
+        timesteps: int = 100,
+        k: int = 10,
+        queries: ImageData | None = None,
+        show_progress: bool = True,
+    ) -> dict[str, Any]:
+        """Say how far the scores of the last trace follow the timesteps of training; see :mod:`whence.bias`.
+
+        Args:
+            samples: Ids of training images that are scored as if trained at another timestep. Default: some at random.
+            count: How many at random; 0: none, and nothing is computed but statistics of the scores.
+            timesteps: Points of a norm curve.
+            k: Length of a ranking.
+            queries: The queries, where they were given to :meth:`trace` as opened images.
+            show_progress: Show a progress bar.
+
+        Returns:
+            A table, one row per method; ``evaluation/bias.json`` has all that it is made of.
+        """
+        scores, opened, used = self.load_scores(queries)
+        traced = set(used) == {field.name for field in fields(TraceSettings)}  # not queried from a store
+        return diagnose(
+            self.subject,
+            opened,
+            scores,
+            TraceSettings(**{name: _tuples(value) for name, value in used.items()}) if traced else None,
+            self.folder,
+            samples=samples,
+            count=count,
+            timesteps=timesteps,
+            k=k,
+            show_progress=show_progress,
+        )
+
+    def _write_table(self, name: str, table: Mapping[str, Any]) -> None:
+        write_json(self.folder / "evaluation" / f"{name}.json", table)
+        with publish_file(self.folder / "evaluation" / f"{name}.md") as partial:
+            partial.write_text(markdown_table(table))
 
     def check(self, *, device: str = "cpu") -> list[CheckRow]:
         """Compare the record with itself and with the checkpoints; see :mod:`whence.replay_check`.
@@ -836,6 +951,11 @@ def _declared(methods: Methods) -> list[Method | Baseline]:
             "evaluate` with --fit-subsets."
         )
     return [m for m in declared if not isinstance(m, RetrainingMethod)]
+
+
+def _tuples(value: Any) -> Any:
+    """Bring a setting that was kept as JSON back to its type."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _sources(queries: Images) -> list[str | None]:
