@@ -85,7 +85,6 @@ LAYER_OF = {
     "counterfactual": "stages",
     "effects": "stages",
     "cleaning": "stages",
-    "near_duplicates": "stages",
     "export": "stages",
     "retrieval": "stages",
     "duplicates": "stages",

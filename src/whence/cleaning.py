@@ -1,6 +1,6 @@
 """Cleaning: which training images had better go, and why.
 
-    duplicate   repeats an image that stays: see ``whence.near_duplicates``
+    duplicate   repeats an image that stays: see ``whence.duplicates``
     outlier     pulls on itself far more strongly than others: robust z-score of the logarithm of ``self_norm``, or of
                 ``self_expected`` as it is, which may be negative
     harmful     training on it raises the loss of validation queries: negative mean score, of an extreme robust z-score
@@ -23,8 +23,8 @@ from numpy import ndarray
 
 from whence.config import CleaningSettings, Reason
 from whence.data import ImageData
+from whence.duplicates import find_duplicates
 from whence.errors import ConfigError, ScoresError
-from whence.near_duplicates import find_duplicates
 from whence.progress import progress_bar
 from whence.scores import Scores
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from whence.data import ImageData
-from whence.near_duplicates import _means_of, find_duplicates, root_mean_square
+from whence.duplicates import _means_of, find_duplicates, root_mean_square
 
 
 def images_of(pixels):
@@ -30,7 +30,7 @@ def slow(pixels, threshold, never=()):
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 11, 5), (3, 16, 16), (1, 3, 2)])
 @pytest.mark.parametrize("threshold", [0.01, 0.05, 0.3])
 def test_all_pairs_are_found_and_no_other(shape, threshold, monkeypatch):
-    monkeypatch.setattr("whence.near_duplicates._ROWS", 7)  # several blocks, the last one smaller
+    monkeypatch.setattr("whence.duplicates._ROWS_AT_ONCE", 7)  # several blocks, the last one smaller
     rng = np.random.default_rng(0)
     base = rng.uniform(-0.9, 0.9, (12, *shape))
     noisy = base[rng.integers(0, 12, 18)] + rng.normal(size=(18, *shape)) * rng.choice([0, 0.01, 0.05], (18, 1, 1, 1))
