@@ -36,7 +36,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 import whence
-from whence.config import DataSettings, IndexSettings, ModelSettings, OutputName, RetrainingSettings, TrainingSettings
+from whence.config import DataSettings, IndexSettings, ModelSettings, RetrainingSettings, TrainingSettings
 from whence.evaluation import unique_share
 from whence.ground_truth import GroundTruth
 from whence.lds import LdsResult, evaluate_lds
@@ -130,20 +130,18 @@ def everywhere(method: Method) -> Method:
 
 
 TRACED: Sequence[Method | Baseline] = (
-    *(TRACIN, RETRAC, RETRAC_MATCHED, TRACIN_ADAM, RETRAC_ADAM),
-    *(GRAD_DOT, GRAD_COS, TRACIN_CP, GAS, MATCHED_DOT, MATCHED_COS),
-    *(KFAC, EKFAC, everywhere(EKFAC), DATAINF),
-    *(PIXELS, RANDOM),
+    *(PIXELS, RANDOM, TRACIN, RETRAC, GRAD_DOT, GRAD_COS),
+    *(KFAC, EKFAC, DATAINF, TRACIN_ADAM, RETRAC_ADAM, TRACIN_CP, GAS, everywhere(EKFAC), RETRAC_MATCHED),
 )
 """Methods that ``whence trace`` gives."""
 
 D_TRAK_TO_LOSS = replace(D_TRAK, name="d-trak to loss", query=replace(D_TRAK.query, output="loss"))
-STORED: Mapping[OutputName, Sequence[Method]] = {
-    "loss": (TRAK, per_timestep(TRAK), everywhere(TRAK), RELATIF, RELATIF_L, RENORMALISED, JOURNEY_TRAK),
-    "squares": (D_TRAK, per_timestep(D_TRAK), everywhere(D_TRAK), everywhere(per_timestep(D_TRAK)), D_TRAK_TO_LOSS),
-    "mean": (DAS, DAS_SIGNED),
-}
-"""Methods that need a store, by the output whose training gradients it holds; some combinations nobody published."""
+STORED: Sequence[Method] = (
+    *(D_TRAK, per_timestep(D_TRAK), D_TRAK_TO_LOSS, TRAK, per_timestep(TRAK), DAS, DAS_SIGNED),
+    *(RELATIF, RELATIF_L, RENORMALISED, MATCHED_DOT, MATCHED_COS, JOURNEY_TRAK),
+    *(everywhere(D_TRAK), everywhere(per_timestep(D_TRAK)), everywhere(TRAK)),
+)
+"""Methods that are scored from a store; some are combinations that nobody published."""
 
 
 def main() -> None:
@@ -198,6 +196,8 @@ class Scored:
 def score_all(run: Run, sets: Mapping[str, str], truth: GroundTruth, size: Size, device: str) -> Iterator[Scored]:
     """Score by every method, one after the other."""
     queries = list(sets.values())
+    for method in STORED:
+        yield from _stored(run, sets, truth, size, device, method)
     for method in TRACED:
         # The published grid of TracIn and ReTrac has 1,600 events; four draws are enough to tell methods apart here.
         grid = {"timesteps": size.timesteps, "draws": size.draws, "train_timesteps": size.timesteps, "device": device}
@@ -205,16 +205,17 @@ def score_all(run: Run, sets: Mapping[str, str], truth: GroundTruth, size: Size,
         started = time.perf_counter()
         (scores,) = run.trace(queries, [method], show_progress=False, **grid).values()
         yield Scored(method.name, scores, passes, time.perf_counter() - started)
-    for output, methods in STORED.items():
-        for method in methods:
-            yield from _stored(run, sets, truth, size, device, output, method)
 
 
 def _stored(
-    run: Run, sets: Mapping[str, str], truth: GroundTruth, size: Size, device: str, output: OutputName, method: Method
+    run: Run, sets: Mapping[str, str], truth: GroundTruth, size: Size, device: str, method: Method
 ) -> Iterator[Scored]:
     settings = IndexSettings(
-        grid=True, output=output, checkpoints=method.checkpoints, train_timesteps=size.timesteps, device=device
+        grid=True,
+        output=method.train.output,
+        checkpoints=method.checkpoints,
+        train_timesteps=size.timesteps,
+        device=device,
     )
     started = time.perf_counter()
     store = run.index(settings, show_progress=False)
