@@ -17,6 +17,7 @@ from whence.methods import (
     D_TRAK,
     DAS,
     DAS_SIGNED,
+    EKFAC,
     GAS,
     RELATIF,
     RELATIF_L,
@@ -155,7 +156,7 @@ def test_checkpoints_have_a_ridge_each_and_their_scores_are_added(
     assert found["over all"].checkpoint_steps == tuple(c.step for c in subject.checkpoints)
     ridges = found["over all"].details["preconditioners"]
     assert len({one["mean_eigenvalue"] for one in ridges.values()}) == 2
-    chosen = ask(subject, stores["loss"], toy_queries, [over_all], tmp_path, damping=None)["over all"]
+    chosen = ask(subject, stores["loss"], toy_queries, [over_all], tmp_path, damping="gcv")["over all"]
     assert all(len(one["tried"]) > 1 for one in chosen.details["preconditioners"].values())
 
 
@@ -181,12 +182,12 @@ def test_the_top_of_the_scores(subject, stores, toy_queries, tmp_path, method):
 
 
 def test_damping_is_chosen_without_the_queries_and_written_down(subject, stores, toy_queries, tmp_path, monkeypatch):
-    found = ask(subject, stores["loss"], toy_queries, [TRAK], tmp_path, damping=None)["trak"]
+    found = ask(subject, stores["loss"], toy_queries, [TRAK], tmp_path, damping="gcv")["trak"]
     (about,) = found.details["preconditioners"].values()
     assert about["damping"] == about["tried"][int(np.argmin(about["errors"]))]
     assert len(about["tried"]) == len(about["errors"]) > 20 and about["mean_eigenvalue"] > 0
     monkeypatch.setattr("whence.preconditioning.Ridge.of", lambda *a: pytest.fail("it was decomposed again"))
-    fewer = ask(subject, stores["loss"], toy_queries.select([1]), [TRAK], tmp_path, damping=None)["trak"]
+    fewer = ask(subject, stores["loss"], toy_queries.select([1]), [TRAK], tmp_path, damping="gcv")["trak"]
     assert fewer.details["preconditioners"] == found.details["preconditioners"]
     np.testing.assert_allclose(fewer.values[0], found.values[1], rtol=1e-5)
 
@@ -194,7 +195,7 @@ def test_damping_is_chosen_without_the_queries_and_written_down(subject, stores,
 def test_a_choice_at_the_edge_is_noted(subject, stores, toy_queries, tmp_path, monkeypatch):
     choose = Ridge.choose_damping
     monkeypatch.setattr(Ridge, "choose_damping", lambda self, blocks: choose(self, blocks, (1e-8, 2e-8)))
-    found = ask(subject, stores["loss"], toy_queries, [TRAK], tmp_path, damping=None)["trak"]
+    found = ask(subject, stores["loss"], toy_queries, [TRAK], tmp_path, damping="gcv")["trak"]
     assert any("is the first or the last that was tried" in note for note in found.notes)
 
 
@@ -224,7 +225,7 @@ def test_a_store_without_errors(subject, toy_queries, tmp_path):
 
 @pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
 def test_damping_below_zero(subject, stores, toy_queries, tmp_path, damping):
-    with pytest.raises(ConfigError, match="damping must be 0 or more, found"):
+    with pytest.raises(ConfigError, match="damping must be 0 or more, or gcv; found"):
         ask(subject, stores["loss"], toy_queries, [TRAK], tmp_path, damping=damping)
 
 
@@ -237,3 +238,17 @@ def test_what_comes_after_needs_the_preconditioner(subject, stores, toy_queries,
     odd = replace(GAS, after="l_relative")
     with pytest.raises(ConfigError, match="after='l_relative' needs a RidgeInverse"):
         query(subject, stores["loss"], toy_queries, [odd], QUERY, tmp_path, show_progress=False)
+
+
+def test_cross_validation_is_for_ridge_methods_only(subject, toy_queries, tmp_path):
+    with pytest.raises(ConfigError, match="a ridge inverse; ekfac has another. Give a number"):
+        trace(subject, toy_queries, [EKFAC], TraceSettings(damping="gcv"), tmp_path, show_progress=False)
+
+
+def test_the_default_is_a_tenth_of_the_mean_eigenvalue(subject, stores, toy_queries, tmp_path):
+    found = ask(subject, stores["loss"], toy_queries, [TRAK], tmp_path, damping=None)["trak"]
+    (about,) = found.details["preconditioners"].values()
+    assert about["damping"] == 0.1 and "tried" not in about
+    np.testing.assert_array_equal(
+        ask(subject, stores["loss"], toy_queries, [TRAK], tmp_path, damping=0.1)["trak"].values, found.values
+    )

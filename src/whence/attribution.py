@@ -21,7 +21,15 @@ from whence.errors import ConfigError, ScoresError, check_choice
 from whence.event_table import check_same_data
 from whence.memory import Limits, choose_limits, measure_footprint, parse_memory
 from whence.methods import Baseline, Grid, Method, Replay
-from whence.methods.frame import AdamInverse, BaselineKind, BeforeProjection, Product, ReplayedVisits, Trajectory
+from whence.methods.frame import (
+    AdamInverse,
+    BaselineKind,
+    BeforeProjection,
+    Product,
+    ReplayedVisits,
+    RidgeInverse,
+    Trajectory,
+)
 from whence.scores import Scores
 from whence.similarity import score_baseline
 from whence.streaming import StreamingPass, claim
@@ -46,6 +54,9 @@ def declare(
 
     Returns:
         The declaration as it will be computed, and notes for the reader.
+
+    Raises:
+        ConfigError: If the damping of a method is to be chosen by cross-validation and it has no ridge inverse.
     """
     if isinstance(method, Baseline):
         if method.kind in ENCODER_SETTINGS and method.encoder is None:
@@ -71,6 +82,11 @@ def declare(
     method = replace(method, train=replace(method.train, events=events, unit=unit), query=query, weights=weights)
     inverse = method.precondition
     if inverse is not None and not isinstance(inverse, AdamInverse) and settings.damping is not None:
+        if settings.damping == "gcv" and not isinstance(inverse, RidgeInverse):
+            raise ConfigError(
+                f"Cross-validation chooses the damping of methods with a ridge inverse; {method.name} has another. "
+                "Give a number, or none for its own."
+            )
         method = replace(method, precondition=replace(inverse, damping=settings.damping))
     return method, notes
 
@@ -242,8 +258,8 @@ def check_trace_settings(settings: TraceSettings) -> None:
     Raises:
         ConfigError: With all faults found.
     """
-    wrong = settings.damping is not None and not 0 <= settings.damping < math.inf
-    faults = [f"damping must be 0 or more, found {settings.damping}"] if wrong else []
+    wrong = settings.damping not in (None, "gcv") and not 0 <= settings.damping < math.inf
+    faults = [f"damping must be 0 or more, or gcv; found {settings.damping}"] if wrong else []
     check_gradient_settings(settings, positive=("timesteps", "draws", "phases"), faults=faults)
 
 

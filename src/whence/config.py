@@ -123,10 +123,9 @@ class QuerySettings(ComputeSettings):
     can be given). By default 16 for tracin and retrac."""
     phases: int | None = None
     """Bins of query timesteps for which scores are kept apart, from least noise to most. By default 4."""
-    damping: float | None = None
-    """Damping of methods that have one, in multiples of the mean eigenvalue. By default 0.1 for influence functions
-    (ekfac, influence-cg, lissa, datainf); for trak, journey-trak, d-trak, das and relatif chosen by generalised
-    cross-validation over training images, without a look at the queries."""
+    damping: float | Literal["gcv"] | None = None
+    """Damping of methods that have one, in multiples of the mean eigenvalue; by default 0.1. gcv: that of trak,
+    journey-trak, d-trak, das and relatif is chosen by generalised cross-validation over training images."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def prepare_preconditioner(shards: Sequence[Shard], reading: Reading, method: Me
     """
     assert isinstance(method.precondition, RidgeInverse)
     made = _Decomposition(shards, reading, cache)
-    if method.precondition.damping is not None:
+    if method.precondition.damping != "gcv":
         return Preconditioner(made.ridge, method.precondition.damping, None)
     return Preconditioner(made.ridge, made.choice.chosen, made.choice)
 

@@ -6,9 +6,9 @@ with one row phi_i of Phi for each training sample, psi_q that of a query and d 
 arXiv:2303.14186). The same scores, (Phi Phi^T + d I)^-1 Phi psi_q, are the coefficients of the ridge regression of
 psi_q on the training gradients. So the smaller of the two matrices is decomposed: width x width, or sample x sample.
 
-The damping has no meaning without the scale of the rows, so it is given as a multiple of the mean eigenvalue. Where
-none is given, generalised cross-validation chooses it, with each training gradient in turn in the place of a query
-that the others have to explain; queries themselves have no part in it.
+The damping has no meaning without the scale of the rows, so it is given as a multiple of the mean eigenvalue.
+Generalised cross-validation can choose it, with each training gradient in turn in the place of a query that the others
+have to explain; queries themselves have no part in it.
 """
 
 from collections.abc import Callable, Iterable

@@ -88,8 +88,8 @@ error of the prediction (DAS).
 class RidgeInverse:
     """The preconditioner (Phi^T Phi + d I)^-1 of all training gradients Phi of a checkpoint, as they are projected."""
 
-    damping: float | None = None
-    """d in multiples of the mean eigenvalue. None: chosen by generalised cross-validation over training gradients."""
+    damping: float | Literal["gcv"] = 0.1
+    """d in multiples of the mean eigenvalue. gcv: chosen by generalised cross-validation over training gradients."""
 
 
 @dataclass(frozen=True)
