@@ -72,7 +72,7 @@ def main() -> None:
         found = score(grid, seed=0)
         measured = {name: measure(one, converged[name]) for name, one in found.items()}
         results.append({"timesteps": grid.timesteps, "draws": grid.draws} | measured)
-    print("| grid | passes a query | " + " | ".join(f"{m.name}: {f}" for m in METHODS for f in measured[m.name]) + " |")
+    print("| grid | passes a query | " + " | ".join(f"{m.name}: {f}" for m in METHODS for f in results[0][m.name]) + " |")
     print("|---" * (2 + 3 * len(METHODS)) + "|")
     for result in results:
         events = result["timesteps"] * result["draws"]

@@ -51,6 +51,7 @@ def test_grids_double_in_turn_up_to_the_largest():
     assert sizes == [(8, 2), (16, 2), (16, 4), (32, 4), (32, 8), (64, 8), (64, 16), (100, 16)]
     assert schedule(Grid(3, 6)) == [Grid(3, 2), Grid(3, 4), Grid(3, 6)]
     assert schedule(Grid(2, 2)) == [Grid(2, 2)]
+    assert schedule(Grid(100, 2), phases=50) == [Grid(50, 2), Grid(100, 2)]
 
 
 def test_the_next_grid_is_the_smallest_that_should_do():
@@ -163,6 +164,13 @@ def test_a_query_to_a_store_stops_too(subject, toy_queries, tmp_path):
     found, settings = query_until(subject, store, toy_queries, [RETRAC], asked, tmp_path, Target(1e-6), **QUIET)
     assert sizes(found["retrac"]) == [(8, 2, 10)] and settings.timesteps == 8
     assert found["retrac"].details["budget"]["rounds"][0]["sample_passes"] == 2 * 3 * 16
+
+
+def test_what_the_largest_grid_would_raise_is_raised_at_once(subject, toy_queries, tmp_path):
+    large = replace(SETTINGS, draws=16)  # batch_size is 8
+    with pytest.raises(ConfigError, match=r"batch_size must hold all draws of a timestep \(16\), found 8"):
+        trace_until(subject, toy_queries, [RETRAC], large, tmp_path, Target(0.9), **QUIET)
+    assert not (tmp_path / "scores").exists()
 
 
 def test_grids_that_cannot_grow_are_refused():
