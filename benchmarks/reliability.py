@@ -26,7 +26,7 @@ from whence.reliability import PILOT_IMAGES, Target, choose_next, restrict, sche
 from whence.scores import Scores
 
 METHODS = [replace(method, checkpoints="last") for method in (TRACIN, RETRAC)]
-OTHER_SPLITS = [Grid(64, 2), Grid(8, 16), Grid(100, 2)]
+OTHER_SPLITS = [Grid(16, 4), Grid(32, 4), Grid(8, 16), Grid(32, 8)]
 UNTIL = 0.95
 
 
@@ -72,7 +72,9 @@ def main() -> None:
         found = score(grid, seed=0)
         measured = {name: measure(one, converged[name]) for name, one in found.items()}
         results.append({"timesteps": grid.timesteps, "draws": grid.draws} | measured)
-    print("| grid | passes a query | " + " | ".join(f"{m.name}: {f}" for m in METHODS for f in measured[m.name]) + " |")
+    print(
+        "| grid | passes a query | " + " | ".join(f"{m.name}: {f}" for m in METHODS for f in results[0][m.name]) + " |"
+    )
     print("|---" * (2 + 3 * len(METHODS)) + "|")
     for result in results:
         events = result["timesteps"] * result["draws"]

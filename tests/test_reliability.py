@@ -46,18 +46,19 @@ def noisy(reliability, method="by hand", queries=1):
     return Scores(method, ids, tuple("abcd"), halves.mean(0), halves=halves, query_timesteps=np.array([1]))
 
 
-def test_grids_double_in_turn_up_to_the_largest():
+def test_timesteps_double_first_then_draws():
     sizes = [(grid.timesteps, grid.draws) for grid in schedule(Grid(100, 16))]
-    assert sizes == [(8, 2), (16, 2), (16, 4), (32, 4), (32, 8), (64, 8), (64, 16), (100, 16)]
+    assert sizes == [(8, 2), (16, 2), (32, 2), (64, 2), (100, 2), (100, 4), (100, 8), (100, 16)]
     assert schedule(Grid(3, 6)) == [Grid(3, 2), Grid(3, 4), Grid(3, 6)]
     assert schedule(Grid(2, 2)) == [Grid(2, 2)]
+    assert schedule(Grid(100, 2), phases=50) == [Grid(50, 2), Grid(100, 2)]
 
 
 def test_the_next_grid_is_the_smallest_that_should_do():
     grids = schedule(Grid(100, 16))
     assert predicted(0.6, 4.0) == pytest.approx(2.4 / 2.8)
     # From 0.6 at 16 events, 0.9 takes 6 times as many: 128 events, not 64.
-    assert grids[choose_next(grids, 0, 0.6, 0.9)] == Grid(32, 4)
+    assert grids[choose_next(grids, 0, 0.6, 0.9)] == Grid(64, 2)
     assert grids[choose_next(grids, 0, 0.4, 0.9)] == grids[choose_next(grids, 0, None, 0.9)] == Grid(16, 2)
     assert grids[choose_next(grids, 3, 0.6, 0.999)] == Grid(100, 16)
     assert choose_next(grids, 7, 0.6, 0.9) == 7
@@ -80,15 +81,15 @@ def test_a_target_is_of_the_median_or_the_worst_query():
     "by_events, has_pilot, want",
     [
         # A first look at 16 events says that 64 do; they do.
-        ({16: 0.83, 64: 0.96}, True, [(8, 2), (16, 4)]),
-        # It says so, and they do not: from what they gave, 256 are enough, passing 128 over.
-        ({16: 0.83, 64: 0.85, 256: 0.96}, True, [(8, 2), (16, 4), (32, 8)]),
+        ({16: 0.83, 64: 0.96}, True, [(8, 2), (32, 2)]),
+        # It says so, and they do not: from what they gave, 400 are enough, passing 128 and 200 over.
+        ({16: 0.83, 64: 0.85, 400: 0.96}, True, [(8, 2), (32, 2), (100, 4)]),
         # It is good enough: the same grid with all images.
         ({16: 0.96}, True, [(8, 2), (8, 2)]),
         # It says too little: look again with twice as many.
-        ({16: 0.2, 32: 0.92, 64: 0.99}, True, [(8, 2), (16, 2), (16, 4)]),
+        ({16: 0.2, 32: 0.92, 64: 0.99}, True, [(8, 2), (16, 2), (32, 2)]),
         # Nothing will do.
-        (dict.fromkeys([16, 32, 64, 128, 256, 512, 1024, 1600], 0.1), False, None),
+        (dict.fromkeys([16, 32, 64, 128, 200, 400, 800, 1600], 0.1), False, None),
     ],
 )
 def test_the_path_to_a_target(tmp_path, by_events, has_pilot, want):
@@ -163,6 +164,13 @@ def test_a_query_to_a_store_stops_too(subject, toy_queries, tmp_path):
     found, settings = query_until(subject, store, toy_queries, [RETRAC], asked, tmp_path, Target(1e-6), **QUIET)
     assert sizes(found["retrac"]) == [(8, 2, 10)] and settings.timesteps == 8
     assert found["retrac"].details["budget"]["rounds"][0]["sample_passes"] == 2 * 3 * 16
+
+
+def test_what_the_largest_grid_would_raise_is_raised_at_once(subject, toy_queries, tmp_path):
+    large = replace(SETTINGS, draws=16)  # batch_size is 8
+    with pytest.raises(ConfigError, match=r"batch_size must hold all draws of a timestep \(16\), found 8"):
+        trace_until(subject, toy_queries, [RETRAC], large, tmp_path, Target(0.9), **QUIET)
+    assert not (tmp_path / "scores").exists()
 
 
 def test_grids_that_cannot_grow_are_refused():

@@ -1,14 +1,15 @@
 """Grids of queries no larger than need be: until the noise draws agree on the scores.
 
 The split-half reliability of a query's scores (``Scores.reliability``) says how far its noise draws agree. Grids grow
-by doubling timesteps and draws in turn, from 8 x 2 to the largest one allowed. A first look takes the smallest grid
+from 8 x 2 to the largest one allowed: timesteps double first, then draws. A first look takes the smallest grid
 and up to 256 training images, drawn by key; from its reliability r, the formula of Spearman and Brown predicts that of
 m times as many events, m r / (1 + (m - 1) r), and the smallest grid that should do is taken with all images. Where it
 falls short, the next is predicted from what it gave, until the target is reached or the largest grid is done.
 
 Halves share their timesteps, so agreement of draws says nothing of a grid too coarse for the timesteps; this is why
-timesteps grow too. The draws of a coarser grid are among those of a finer one with the same timesteps, but their
-gradients are taken again: ReTrac's are normalised over all draws of a timestep, and cannot be added to.
+timesteps grow first, which also gave the better scores for as many events (``docs/results/reliability.md``). The draws
+of a coarser grid are among those of a finer one with the same timesteps, but their gradients are taken again: ReTrac's
+are normalised over all draws of a timestep, and cannot be added to.
 """
 
 import shutil
@@ -20,7 +21,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from whence.attribution import prepare, trace
+from whence.attribution import TraceWork, prepare, trace
 from whence.config import QuerySettings, TraceSettings
 from whence.data import ImageData
 from whence.diffusion.noise import keyed_order
@@ -81,26 +82,28 @@ class Target:
         return float(value) if np.isfinite(value) else None
 
 
-def schedule(largest: Grid) -> list[Grid]:
-    """List the grids that are tried: timesteps and draws double in turn, up to the largest.
+def schedule(largest: Grid, phases: int = 1) -> list[Grid]:
+    """List the grids that are tried: timesteps double up to those of the largest, then draws.
+
+    Args:
+        largest: The last of them.
+        phases: Bins of timesteps that are kept apart; the first grid has as many timesteps at least.
 
     Returns:
         Grids in order of size.
 
     Example:
         >>> [(grid.timesteps, grid.draws) for grid in schedule(Grid(20, 4))]
-        [(8, 2), (16, 2), (16, 4), (20, 4)]
+        [(8, 2), (16, 2), (20, 2), (20, 4)]
     """
-    grid = Grid(min(SMALLEST.timesteps, largest.timesteps), min(SMALLEST.draws, largest.draws))
+    grid = Grid(min(max(SMALLEST.timesteps, phases), largest.timesteps), min(SMALLEST.draws, largest.draws))
     grids = [grid]
     while grid != largest:
-        for doubled in (
-            {"timesteps": min(2 * grid.timesteps, largest.timesteps)},
-            {"draws": min(2 * grid.draws, largest.draws)},
-        ):
-            grid = replace(grid, **doubled)
-            if grid != grids[-1]:
-                grids.append(grid)
+        if grid.timesteps < largest.timesteps:
+            grid = replace(grid, timesteps=min(2 * grid.timesteps, largest.timesteps))
+        else:
+            grid = replace(grid, draws=min(2 * grid.draws, largest.draws))
+        grids.append(grid)
     return grids
 
 
@@ -151,7 +154,9 @@ def trace_until(
     Raises:
         ConfigError: If a method's grid cannot be changed, or no method has one.
     """
-    grids = schedule(largest_grid(methods, settings))
+    largest = largest_grid(methods, settings)
+    grids = schedule(largest, settings.phases or 1)
+    _work(subject, queries, methods, replace(settings, **vars(largest)), folder)  # raises now what it would raise later
     scratch = folder / "cache" / "until"
     pilot = None
     if len(subject.train) > PILOT_IMAGES:
@@ -163,11 +168,10 @@ def trace_until(
         asked = replace(settings, timesteps=grid.timesteps, draws=grid.draws)
         used = [method for method in methods if isinstance(method, Method)] if first_look else methods
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore" if first_look else "default")
+            if first_look:
+                warnings.simplefilter("ignore")  # all images will say it too
             found = trace(seen, queries, used, asked, where, show_progress=show_progress)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said by trace already
-            work = prepare(seen, queries, used, asked, where)
+        work = _work(seen, queries, used, asked, where)
         return found, len(seen.train), sum(load.num_passes(num_turns=1) for load in work.loads)
 
     found, settings = _run(grids, attempt, settings, folder, target, has_pilot=pilot is not None)
@@ -204,18 +208,31 @@ def query_until(
     Raises:
         ConfigError: If a method's grid cannot be changed, or no method has one.
     """
-    grids = schedule(largest_grid(methods, settings))
+    largest = largest_grid(methods, settings)
+    grids = schedule(largest, settings.phases or 1)
+    _work(subject, queries, methods, trace_settings(store.spec, replace(settings, **vars(largest))), folder)
 
     def attempt(grid: Grid, *, first_look: bool) -> tuple[dict[str, Scores], int, int]:
         asked = replace(settings, timesteps=grid.timesteps, draws=grid.draws)
         found = query(subject, store, queries, methods, asked, folder, show_progress=show_progress)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said by query already
-            work = prepare(subject, queries, methods, trace_settings(store.spec, asked), folder)
+        work = _work(subject, queries, methods, trace_settings(store.spec, asked), folder)
         passes = sum(count.query for load in work.loads for count in load.passes)
         return {name: one for name, one in found.items() if isinstance(one, Scores)}, len(subject.train), passes
 
     return _run(grids, attempt, settings, folder, target, has_pilot=False)
+
+
+def _work(
+    subject: Subject,
+    queries: ImageData,
+    methods: Sequence[Method | Baseline],
+    settings: TraceSettings,
+    folder: Path,
+) -> TraceWork:
+    """Check and count; what there is to warn of is said by the trace or query itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return prepare(subject, queries, methods, settings, folder)
 
 
 def _run(
