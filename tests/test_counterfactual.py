@@ -162,6 +162,27 @@ def test_asked_again_or_for_more_nothing_is_trained_twice(run, planned, record, 
     assert len(set(steps)) == 2 and len(steps) == 12
 
 
+def test_workers_find_the_same(run, record, queries, tmp_path):
+    found = run_counterfactual(plan(run, tmp_path, queries, workers=2), show_progress=False)
+    assert found["effects"] == record["effects"] and found["summary"] == record["summary"]
+
+
+def test_images_that_a_query_depends_on_are_told_from_others(tmp_path):
+    """Bright and dark images: without all bright ones, models know nothing of a bright query."""
+    rng = np.random.default_rng(0)
+    bright = np.arange(16) % 2 == 0
+    pixels = np.where(bright, 0.8, -0.8)[:, None, None, None] + rng.normal(size=(16, 3, 8, 8)) * 0.05
+    images = ImageData.from_arrays(np.clip(pixels, -1, 1).astype(np.float32), [f"i-{k}" for k in range(16)])
+    one = ImageData.from_arrays(np.full((1, 3, 8, 8), 0.8, np.float32), ["bright"])
+    settings = replace(TRAINING, epochs=40, learning_rate=1e-2, random_flip=False)
+    train(tmp_path / "run", images, MODEL, settings, show_progress=False)
+    subject = Subject(list_checkpoints(tmp_path / "run"), images, Record.open(tmp_path / "run" / "record"), "mse")
+    scores = Scores("oracle", one.ids, images.ids, np.where(bright, 1.0, -1.0)[None])
+    made = plan_counterfactual(subject, one, [scores], replace(SETTINGS, top=(8,), timesteps=25), tmp_path)
+    (effect,) = run_counterfactual(made, show_progress=False)["effects"]
+    assert effect["verdict"] == "more than random", effect
+
+
 def test_own_trainers_get_the_ids_and_only_keeps_nothing_else(run, queries, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     changes = {"trainer": "own_trainers:save_shifted", "ways": ("without", "only"), "sample_seed": 0}

@@ -87,7 +87,7 @@ def test_captions_make_a_table_with_the_bytes_of_the_files(tmp_path):
     assert path.name == "train.parquet"
     check_same(images, cleaning, open_images(path))
     for row in pq.read_table(path).to_pylist():
-        assert row["image"]["bytes"] == (source / row["id"]).read_bytes() and row["text" if 0 else "caption"]
+        assert row["image"]["bytes"] == (source / row["id"]).read_bytes() and row["caption"]
 
 
 def test_a_table_keeps_bytes_and_row_ids(tmp_path):

@@ -74,6 +74,7 @@ LAYER_OF = {
     "plan_index": "stages",
     "subsets": "stages",
     "measuring": "stages",
+    "many_models": "stages",
     "retraining": "stages",
     "_trainers": "stages",
     "_workers": "stages",

@@ -4,7 +4,7 @@ Models are trained on all images; on all but the top k of a query by a method; o
 seed; and each of it with several seeds (with ``only``, on nothing but those k). Removal at random shows what fewer
 images do, a second seed what chance does. Where a query was sampled from the model by a known seed, every model draws
 it again from the same noise. What comes out of it is the business of ``whence.effects``; training, sharing and resuming
-are those of ``whence.retraining``.
+are those of ``whence.many_models``.
 """
 
 import itertools
@@ -25,9 +25,9 @@ from whence.config import CounterfactualSettings, Way
 from whence.data import ImageData, fingerprint_of
 from whence.encoders import Encoder, find_encoder
 from whence.errors import ConfigError, DataError, ScoresError, check_choice
+from whence.many_models import ManyModels, Members, Sampling, Unit, plan_models
 from whence.measuring import finite_measures, make_grid, measure_model
 from whence.methods.baselines import EMBEDDINGS
-from whence.retraining import Members, Retraining, Sampling, Unit, plan_models
 from whence.sampling import sample_in_parts
 from whence.scores import Scores
 from whence.subject import Subject
@@ -81,7 +81,7 @@ class Cost:
 class Counterfactual:
     """Which models answer which question."""
 
-    work: Retraining
+    work: ManyModels
     settings: CounterfactualSettings
     questions: tuple[Question, ...]
     whole: tuple[Unit, ...]
@@ -342,7 +342,7 @@ def _recognise(
 
 
 def _notes_on(
-    questions: Sequence[Question], scores: Sequence[Scores], subject: Subject, queries: ImageData, work: Retraining
+    questions: Sequence[Question], scores: Sequence[Scores], subject: Subject, queries: ImageData, work: ManyModels
 ) -> list[str]:
     notes = []
     for name, one in _named(scores):

@@ -27,8 +27,8 @@ from whence.config import Way
 from whence.contrasts import Change, contrast, cosines, distances, pairs_of, seed_floor
 from whence.counterfactual import FORMAT_VERSION, Counterfactual, Question
 from whence.data import save_arrays
+from whence.many_models import Unit, train_models
 from whence.measuring import finite_measures
-from whence.retraining import Unit, train_models
 
 Found = Mapping[Unit, Mapping[str, ndarray]]
 """What each model gave."""
