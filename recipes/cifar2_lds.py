@@ -9,9 +9,9 @@ others), with columns id, image, label. Steps that are done are not done again: 
 2. ``whence retrain`` on 40 random halves of them, two seeds each; measured on 20 other images (validation) and on 20
    images sampled from the model of step 1 (generated).
 3. Every method of ``whence methods`` that this model can have, and combinations of them, by ``whence trace``, ``whence
-   index`` and ``whence query``. Damping comes from cross-validation over training images or is a method's own default;
-   no query and no retrained model has a part in it. ``d-trak (oracle)`` is the exception, and there for comparison:
-   D-TRAK as published, whose damping is the best of a grid on the very queries that are reported.
+   index`` and ``whence query``, each with its own default damping; ``trak`` and ``d-trak`` also with damping by
+   cross-validation over training images. Neither looks at queries or retrained models. Rows called *oracle* do, and are
+   there for comparison: as published, with the best damping of a grid on the very queries that are reported.
 4. LDS of the mean loss, with intervals over queries and subsets and the ceiling that the noise of retraining sets;
    sample-passes, seconds and stored bytes of each method: ``OUT/table.md`` and ``OUT/table.json``.
 
@@ -73,7 +73,7 @@ from whence.pipeline import Run
 from whence.scores import Scores
 
 DAMPINGS = tuple(10.0**k for k in range(-6, 5))
-"""Of which d-trak (oracle) takes the best."""
+"""Of which the oracles take the best."""
 
 
 @dataclass(frozen=True)
@@ -235,11 +235,13 @@ def _stored(
     started = time.perf_counter()
     scores = ask(method)
     yield Scored(method.name, scores, passes, index_s + time.perf_counter() - started, num_bytes)
-    if method == D_TRAK:
+    if method in (D_TRAK, TRAK):
+        by_training_images = replace(method, precondition=RidgeInverse(damping="gcv"))
+        yield Scored(f"{method.name}, damping by cross-validation", ask(by_training_images), passes, 0.0, num_bytes)
         tried = [ask(replace(method, precondition=RidgeInverse(damping=damping))) for damping in DAMPINGS]
         for name in sets:
             best = max(tried, key=lambda one: _lds(one, truth)[name].lds)
-            yield Scored(f"d-trak (oracle for {name})", best, passes, 0.0, num_bytes)
+            yield Scored(f"{method.name} (oracle for {name})", best, passes, 0.0, num_bytes)
 
 
 def _lds(scores: Scores, truth: GroundTruth) -> dict[str, LdsResult]:
