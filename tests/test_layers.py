@@ -39,7 +39,7 @@ LAYER_OF = {
     "_tensor_file": "artifacts",
     "scores": "artifacts",
     "trajectories": "artifacts",
-    "ensemble": "artifacts",
+    "ensembles": "artifacts",
     "ground_truth": "artifacts",
     "checkpoints": "checkpoints",
     # stages: loops that turn one artifact into the next

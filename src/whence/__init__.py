@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from whence.config import TrainingSettings as TrainingSettings
     from whence.data import ImageData as ImageData
     from whence.data import open_images as open_images
-    from whence.ensemble import ensemble as ensemble
+    from whence.ensembles import ensemble as ensemble
     from whence.ground_truth import GroundTruth as GroundTruth
     from whence.methods import GradientPlan as GradientPlan
     from whence.methods import Grid as Grid
@@ -45,7 +45,7 @@ _HOME = {
     "TrainingSettings": "whence.config",
     "ImageData": "whence.data",
     "open_images": "whence.data",
-    "ensemble": "whence.ensemble",
+    "ensemble": "whence.ensembles",
     "GroundTruth": "whence.ground_truth",
     "GradientPlan": "whence.methods",
     "Grid": "whence.methods",

@@ -401,7 +401,7 @@ def ensemble(
     Raises:
         ScoresError: If the new folder is there already, or members do not belong together.
     """
-    from whence.ensemble import ensemble as average
+    from whence.ensembles import ensemble as average
     from whence.scores import Scores
 
     if out.exists():

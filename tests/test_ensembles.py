@@ -10,7 +10,7 @@ from conftest import TOY_MODEL, TOY_TRAINING
 from whence.attribution import trace
 from whence.checkpoints import list_checkpoints
 from whence.config import IndexSettings, QuerySettings, TraceSettings
-from whence.ensemble import ensemble
+from whence.ensembles import ensemble
 from whence.errors import ConfigError, ScoresError
 from whence.indexing import index
 from whence.methods import GRAD_COS, RETRAC, TRAK
