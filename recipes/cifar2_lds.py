@@ -249,20 +249,23 @@ def _lds(scores: Scores, truth: GroundTruth) -> dict[str, LdsResult]:
 
 
 def write_table(run: Run, truth: GroundTruth, sets: Mapping[str, str], size: Size, device: str, out: Path) -> None:
-    """Score by every method and compare with the ground truth; a row is written as soon as it is there."""
+    """Score by every method and compare with the ground truth; a row is written as soon as it is there.
+
+    What a method cost is kept from the first time: scores that are there cost nothing.
+    """
     rows: list[dict[str, Any]] = []
+    costs_file = out / "costs.json"
+    costs: dict[str, dict[str, Any]] = json.loads(costs_file.read_text()) if costs_file.exists() else {}
     for scored in score_all(run, sets, truth, size, device):
         found = _lds(scored.scores, truth)
         row: dict[str, Any] = {"method": scored.name}
         for name in sets:
             result = found.get(name)
             row[name] = None if result is None else [result.lds, result.low, result.high]
-        row |= {
-            "unique@10": unique_share(scored.scores.top_rows(10)),
-            "sample-passes": scored.sample_passes,
-            "seconds": scored.seconds,
-            "stored bytes": scored.stored_bytes,
-        }
+        names = ("sample_passes", "seconds", "stored_bytes")
+        cost = costs.setdefault(scored.name, {name.replace("_", " "): getattr(scored, name) for name in names})
+        costs_file.write_text(json.dumps(costs, indent=1) + "\n")
+        row |= {"unique@10": unique_share(scored.scores.top_rows(10)), **cost}
         print(row, flush=True)
         rows.append(row)
         ceilings = {result.query_set: result.ceiling.ceiling for result in found.values() if result.ceiling}
@@ -277,7 +280,7 @@ def to_markdown(rows: Sequence[Mapping[str, Any]], sets: Sequence[str], ceilings
     for row in sorted(rows, key=lambda row: -(row[sets[0]] or [-1])[0]):
         lds = [f"{row[n][0]:.3f} ({row[n][1]:.3f} to {row[n][2]:.3f})" if row[n] else "" for n in sets]
         stored = f"{row['stored bytes'] / 2**20:.0f} MiB" if row["stored bytes"] else ""
-        cells = [row["method"], *lds, f"{row['unique@10']:.2f}", f"{row['sample-passes']:,}", f"{row['seconds']:.0f}"]
+        cells = [row["method"], *lds, f"{row['unique@10']:.2f}", f"{row['sample passes']:,}", f"{row['seconds']:.0f}"]
         lines.append(f"| {' | '.join([*cells, stored])} |")
     limits = [f"{ceilings[name]:.3f}" if name in ceilings else "" for name in sets]
     lines.append(f"| {' | '.join(['ceiling', *limits, '', '', '', ''])} |")
