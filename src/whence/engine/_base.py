@@ -122,8 +122,10 @@ class AbstractLayerFactors(ABC):
     def _total(self, parts: Iterable[Float64[Tensor, " unit"]]) -> Float64[Tensor, " unit"]:
         """Add up squared lengths, of which there may be none."""
         found = list(parts)
-        device = self.calls[0][1].device
-        return add_up(found) if found else torch.zeros(self.num_units, dtype=torch.float64, device=device)
+        return add_up(found) if found else self._zeros()
+
+    def _zeros(self) -> Float64[Tensor, " unit"]:
+        return torch.zeros(self.num_units, dtype=torch.float64, device=self.calls[0][1].device)
 
     def _per_unit(self, events: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit member *rest"]:
         """Split the event axis into units and their members."""
