@@ -45,7 +45,7 @@ def contrast(values: Float64[ndarray, "group seed"], first: int, second: int, le
         ConfigError: If there are fewer than two groups or seeds.
 
     Example:
-        >>> contrast(np.array([[1.0, 1.2], [0.0, 0.4], [0.0, 0.2]]), 0, 1).mean
+        >>> round(contrast(np.array([[1.0, 1.2], [0.0, 0.4], [0.0, 0.2]]), 0, 1).mean, 6)
         0.9
     """
     num_groups, num_seeds = values.shape
