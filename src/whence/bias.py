@@ -2,7 +2,7 @@ r"""Bias diagnostics: do scores follow the timestep at which a sample happened t
 
 The length of a gradient depends on the timestep it is taken at, so a method that does not take lengths out may rank
 samples by when they were trained, and find the same *generally influential* ones for every query (Xie et al. 2024,
-arXiv:2401.09031). Four views of that, from scores that replay training:
+arXiv:2401.09031). Four views of that, from scores that replay training::
 
     correlation     Spearman's, over training samples, of |score| with the length of the gradient as it was trained, and
                     with the timestep: median over queries. Near 0 where a method has no such bias
@@ -55,7 +55,7 @@ class Correlations:
     """How far the size of scores follows how samples were trained."""
 
     with_norm: Float64[ndarray, " query"]
-    """Rank correlation of |score| with the length of the gradient as it was trained."""
+    """Rank correlation of ``|score|`` with the length of the gradient as it was trained."""
     with_timestep: Float64[ndarray, " query"] | None
     """With the trained timestep; None where samples were taken on a grid."""
 

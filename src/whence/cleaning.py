@@ -1,5 +1,7 @@
 """Cleaning: which training images had better go, and why.
 
+Reasons::
+
     duplicate   repeats an image that stays: see ``whence.duplicates``
     outlier     pulls on itself far more strongly than others: robust z-score of the logarithm of ``self_norm``, or of
                 ``self_expected`` as it is, which may be negative
