@@ -256,8 +256,8 @@ class Capture:
         calls, how = self._calls.pop(layer), self._layers[layer]
         for call in calls:
             for tensor in call:
-                if not tensor.ndim or len(tensor) != self._num_events:
-                    size = len(tensor) if tensor.ndim else 0
+                size = len(tensor) if tensor.ndim else 0
+                if size != self._num_events:
                     self._uncover_layer(layer, f"its layer saw a batch of {size}, not of {self._num_events} events")
         if not (self.uncovered and self.uncovered.keys() & how.names.values()):
             self._hand_over(how.kind(layer, calls, self._num_units), how.names)

@@ -49,7 +49,7 @@ class ConvFactors(MatrixLayerFactors):
     def gram_norm_squared(self) -> Float[Tensor, " unit"]:
         """Compare all pairs of positions: of their patches and of their output gradients."""
         ((image, grads),) = self._factors
-        image = F.pad(image, [p for padding in reversed(self._padding) for p in (padding, padding)])
+        image = self._padded(image)
         sizes, num_pixels = image.shape[2:], image[0, 0].numel()
         units_at_once = max(1, numbers_at_once(image.device) // num_pixels**2)
         parts = []
@@ -176,12 +176,17 @@ class ConvFactors(MatrixLayerFactors):
         """Give what each position sees."""
         if self._is_pointwise:
             return image.flatten(2)
-        if any(self._padding):
-            image = F.pad(image, [p for padding in reversed(self._padding) for p in (padding, padding)])
+        image = self._padded(image)
         axes = zip(image.shape[2:], self._kernel, grads.shape[2:], self.layer.stride, self.layer.dilation, strict=True)
         seen = _pixels_seen(tuple(axes), image.device)
         gathered = image.flatten(2).gather(2, seen.expand(*image.shape[:2], -1))
         return gathered.view(len(image), -1, grads[0, 0].numel())
+
+    def _padded(self, image: Float[Tensor, "event in *size"]) -> Float[Tensor, "event in *padded"]:
+        """Add what the convolution itself would pad with."""
+        if not any(self._padding):
+            return image
+        return F.pad(image, [p for padding in reversed(self._padding) for p in (padding, padding)])
 
     def _gather(self, call: int, grads: Float[Tensor, "event out *size2"]) -> Float[Tensor, "unit out inner"]:
         """Multiply patches, on a GPU of as many units as fit into memory."""
