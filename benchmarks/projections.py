@@ -28,7 +28,7 @@ from scipy.stats import rankdata
 
 from whence.config import TraceSettings
 from whence.methods.frame import Grid, Replay
-from whence.pipeline import open_run
+from whence.opening import open_run
 from whence.projections import ProjectionKind, make_projection
 
 KINDS: tuple[ProjectionKind, ...] = ("two_sided_sketch", "sketch", "rademacher")

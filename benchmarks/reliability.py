@@ -21,7 +21,7 @@ from whence.config import TraceSettings
 from whence.diffusion.noise import keyed_order
 from whence.evaluation import rank_correlation
 from whence.methods import RETRAC, TRACIN, Grid
-from whence.pipeline import open_run
+from whence.opening import open_run
 from whence.reliability import PILOT_IMAGES, Target, choose_next, restrict, schedule
 from whence.scores import Scores
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from whence.config import DataSettings, ModelSettings, TrainingSettings
-from whence.pipeline import train_run
+from whence.opening import train_run
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPT = BENCHMARKS / "engine.py"

@@ -539,6 +539,6 @@ def test_what_retraining_makes_cannot_be_traced(run, images, capsys):
 
 
 def test_sets_of_queries_are_named_before_an_equals_sign():
-    from whence.cli import _query_sets
+    from whence._cli_evaluation import _query_sets
 
     assert _query_sets(["a=x", "b/c=d.png", "a=y=z", "plain"]) == {"a": ["x", "y=z"], "queries": ["b/c=d.png", "plain"]}

@@ -9,7 +9,7 @@ import torch
 from conftest import TOY_MODEL, toy_images
 from whence.config import DataSettings, ModelSettings, TrainingSettings
 from whence.diffusion.objectives import sample_loss
-from whence.pipeline import train_run
+from whence.opening import train_run
 from whence.training import make_model, make_scheduler
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

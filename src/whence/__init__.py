@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from whence.methods import Grid as Grid
     from whence.methods import Method as Method
     from whence.methods import Replay as Replay
+    from whence.opening import open_run as open_run
+    from whence.opening import train_run as train_run
     from whence.pipeline import Run as Run
     from whence.pipeline import events as events
-    from whence.pipeline import open_run as open_run
-    from whence.pipeline import train_run as train_run
     from whence.record import Record as Record
     from whence.recorder import Recorder as Recorder
     from whence.scores import Scores as Scores
@@ -53,8 +53,8 @@ _HOME = {
     "Replay": "whence.methods",
     "Run": "whence.pipeline",
     "events": "whence.pipeline",
-    "open_run": "whence.pipeline",
-    "train_run": "whence.pipeline",
+    "open_run": "whence.opening",
+    "train_run": "whence.opening",
     "Record": "whence.record",
     "Recorder": "whence.recorder",
     "Scores": "whence.scores",

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional
 
+from whence._cli_options import Flat, given
+from whence._cli_printing import print_table
 from whence.config import CleaningSettings, CounterfactualSettings, DataSettings, LossName
-
-Flat = tyro.conf.OmitArgPrefixes
 
 
 def prove(
@@ -50,13 +50,10 @@ def prove(
         settings: How many images, seeds, training, measuring, processes.
         json: Print as JSON.
     """
-    from whence.cli import _given, _print_table
     from whence.evidence import describe_effect
-    from whence.pipeline import open_run
+    from whence.opening import open_run
 
-    opened = open_run(
-        run, data=data, data_settings=_given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle
-    )
+    opened = open_run(run, data=data, data_settings=given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle)
     work = opened.plan_counterfactual(queries, scores or None, settings, methods=methods, ids=ids, trace=not plan)
     cost = work.cost()
     facts = {
@@ -67,7 +64,7 @@ def prove(
         "minutes": None if cost.minutes is None else round(cost.minutes, 2),
     }
     if plan:
-        _print_table(list(facts), [list(facts.values())], json, notes=list(work.notes))
+        print_table(list(facts), [list(facts.values())], json, notes=list(work.notes))
         return
     time = "of unknown length, as the trainer is yours" if cost.minutes is None else f"about {cost.minutes:.3g} minutes"
     print(f"prove: {cost.models - cost.finished} of {cost.models} models to train, {time}", file=sys.stderr)
@@ -75,7 +72,7 @@ def prove(
     table = record["table"]
     said = [describe_effect(effect, record["measure"], len(record["seeds"])) for effect in record["effects"]]
     extra: dict[str, Any] = {"findings": said} if json else {}
-    _print_table(table["columns"], table["rows"], json, page=str(page), notes=table["notes"], **extra)
+    print_table(table["columns"], table["rows"], json, page=str(page), notes=table["notes"], **extra)
     if not json:
         print(*said, sep="\n")
 
@@ -112,15 +109,14 @@ def clean(
     Raises:
         ConfigError: If there is neither a new folder nor a dry run.
     """
-    from whence.cli import _given, _print_table
     from whence.errors import ConfigError
-    from whence.pipeline import open_run
+    from whence.opening import open_run
 
     if (out is None) != dry_run:
         raise ConfigError("Give a new folder with --out, or --dry-run; one of the two.")
     if out is not None and out.exists():  # before anything is compared
         raise ConfigError(f"{out} exists. Give a new folder: nothing is overwritten.")
-    opened = open_run(run, data=data, data_settings=_given(data_settings))
+    opened = open_run(run, data=data, data_settings=given(data_settings))
     cleaning = opened.clean(settings, self_scores=self_scores, validation=validation)
     rows = [[f.id, f.reason, f.figure, f.threshold, f.duplicate_of or None] for f in cleaning.findings]
     counts = f"{len(cleaning.kept)} of {len(cleaning.images)}"
@@ -129,4 +125,4 @@ def clean(
     if cleaning.influential:
         few = ", ".join(cleaning.influential[:5])
         notes.append(f"{len(cleaning.influential)} images are generally influential and stay, such as {few}.")
-    _print_table(["id", "reason", "figure", "threshold", "duplicate of"], rows, json, **extra, notes=notes)
+    print_table(["id", "reason", "figure", "threshold", "duplicate of"], rows, json, **extra, notes=notes)

@@ -12,7 +12,8 @@ from typing import Any
 
 from whence.config import DataSettings, LossName, ModelSettings, TraceSettings, TrainingSettings
 from whence.errors import ConfigError
-from whence.pipeline import Run, train_run
+from whence.opening import train_run
+from whence.pipeline import Run
 
 PLANTED = "trouser"
 DATA = DataSettings(resolution=16)

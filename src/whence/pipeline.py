@@ -7,128 +7,62 @@
 is.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
-from importlib.metadata import version
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import yaml
-from numpy import ndarray
+from typing import TYPE_CHECKING, Any
 
 from whence._files import publish_file, write_json
+from whence._run_folder import RunFolder
+from whence.arguments import Images, Methods, declare, parts
 from whence.attribution import trace
-from whence.checkpoints import list_checkpoints, load_model, load_scheduler
 from whence.cleaning import Cleaning, clean
 from whence.comparison import compare, markdown_table
 from whence.config import (
     CleaningSettings,
     CounterfactualSettings,
-    DataSettings,
     IndexSettings,
-    LossName,
-    ModelSettings,
     QuerySettings,
     RetrainingSettings,
     TraceSettings,
-    TrainingSettings,
 )
 from whence.counterfactual import Counterfactual, plan_counterfactual
-from whence.data import ImageData, concatenate, open_images, save_arrays
+from whence.data import ImageData, open_images
 from whence.diagnosis import diagnose
 from whence.duplicates import NEAR_DISTANCE
 from whence.effects import run_counterfactual
-from whence.errors import ConfigError, DataError, RecordError, ScoresError, check_choice
-from whence.event_table import EventBatch, EventTable, grid_events, make_batch
+from whence.errors import ConfigError, ScoresError
+from whence.event_table import EventBatch, EventTable
 from whence.evidence import write_evidence
 from whence.export import export
 from whence.ground_truth import GroundTruth
 from whence.indexing import Part, index
 from whence.lds import LdsResult
-from whence.methods import Baseline, GradientPlan, Grid, Method, RetrainingMethod, Trajectory, method_by_name
+from whence.methods import Baseline, GradientPlan, Method, method_by_name
 from whence.plan import Plan, plan
 from whence.plan_index import plan_index
 from whence.querying import query
-from whence.record import Record, read_manifest
 from whence.reliability import Of, Target, query_until, trace_until
-from whence.replay_check import CheckRow, check_run
 from whence.report import write_report
 from whence.retraining import retrain
 from whence.retrieval import detection_table, retrieval_table
-from whence.sampling import sample_images
 from whence.scores import Scores, TopScores
 from whence.self_influence import SELF, Kind, SelfInfluenceCost, self_influence, self_influence_cost
 from whence.store import Store
 from whence.store_spec import choose_store
-from whence.subject import Subject
-from whence.training import train
-from whence.trajectories import Trajectories
 
-FORMAT_VERSION = 1
-
-BUNDLED = ("demo", "demo-queries")
-"""Sources that come with whence."""
-
-Images = str | Path | ImageData | Sequence[str | Path | ImageData]
-"""Where images come from: a source, opened images, or several of these."""
-
-
-Methods = str | Method | Baseline | Sequence[str | Method | Baseline]
-"""Methods by name, or declarations of one's own."""
+if TYPE_CHECKING:
+    from whence.opening import open_run as open_run
+    from whence.opening import train_run as train_run
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(RunFolder):
     """A folder with a model's training, or with what was traced from a model that others trained.
 
-    Open one with :func:`open_run`, make one with :func:`train_run`.
+    Open one with :func:`~whence.opening.open_run`, make one with :func:`~whence.opening.train_run`.
     """
-
-    folder: Path
-    data_source: str
-    data_settings: DataSettings
-    model: Path
-    """Where the checkpoints are: the run itself, or a folder of someone else's."""
-    loss: LossName
-    allow_pickle: bool = False
-
-    @cached_property
-    def train_images(self) -> ImageData:
-        """The training images."""
-        try:
-            return open_images(self.data_source, self.data_settings)
-        except DataError as error:
-            if Path(self.data_source).exists() or self.data_source in BUNDLED:
-                raise
-            raise DataError(f"{error} If the images were moved, say with --data where they are now.") from error
-
-    @cached_property
-    def record(self) -> Record | None:
-        """The record of training, or None."""
-        folder = self.model / "record"
-        if folder.exists() and not (folder / "manifest.json").exists():
-            raise RecordError(
-                f"{folder} has no manifest.json, so what is in it cannot be used. Restore it; or, to trace the model "
-                "as one without a record, move the folder away."
-            )
-        return Record.open(folder) if folder.exists() else None
-
-    @cached_property
-    def subject(self) -> Subject:
-        """What is traced."""
-        return Subject(list_checkpoints(self.model), self.train_images, self.record, self.loss, self.allow_pickle)
-
-    def open_queries(self, queries: Images) -> ImageData:
-        """Open query images and read them at the size of the training images."""
-        parts = _parts(queries)
-        if not parts:
-            raise ConfigError("Give at least one query image.")
-        columns = dict.fromkeys(("image_column", "id_column", "label_column", "caption_column"))
-        settings = replace(self.data_settings, **columns)
-        return concatenate([p if isinstance(p, ImageData) else open_images(p, settings) for p in parts])
 
     def trace(
         self,
@@ -157,7 +91,7 @@ class Run:
         """
         settings = replace(settings or TraceSettings(), **changes)
         images = self.open_queries(queries)
-        declared = _declared(methods)
+        declared = declare(methods)
         if until is not None:
             asked = (self.subject, images, declared, settings, self.folder, Target(until, until_of))
             scores, settings = trace_until(*asked, show_progress=show_progress)
@@ -186,7 +120,7 @@ class Run:
         """
         settings = replace(settings or TraceSettings(), **changes)
         images = self.open_queries(queries)
-        return plan(self.subject, images, _declared(methods), settings, self.folder)
+        return plan(self.subject, images, declare(methods), settings, self.folder)
 
     def plan_index(
         self,
@@ -210,8 +144,8 @@ class Run:
             The plan.
         """
         settings = replace(settings or IndexSettings(), **changes)
-        images = self.open_queries(queries) if _parts(queries) else None
-        return plan_index(self.subject, settings, self.folder, queries=images, methods=_declared(methods), asked=asked)
+        images = self.open_queries(queries) if parts(queries) else None
+        return plan_index(self.subject, settings, self.folder, queries=images, methods=declare(methods), asked=asked)
 
     def index(
         self,
@@ -268,7 +202,7 @@ class Run:
             ConfigError: If ``until`` is given with ``top``.
         """
         settings = replace(settings or QuerySettings(), **changes)
-        images, declared = self.open_queries(queries), _declared(methods)
+        images, declared = self.open_queries(queries), declare(methods)
         if not isinstance(store, Store):
             folders = [Path(store)] if store is not None else sorted((self.folder / "stores").glob("*"))
             store = choose_store([Store.open(folder) for folder in folders], self.subject, declared)
@@ -285,19 +219,6 @@ class Run:
         if top is None:  # a page needs all scores
             self._note_latest(list(scores.values()), queries, settings)
         return dict(scores)
-
-    def _note_latest(
-        self, scores: Sequence[Scores | TopScores], queries: Images, settings: TraceSettings | QuerySettings
-    ) -> None:
-        """Remember what :meth:`report` shows."""
-        write_json(
-            self.folder / "scores" / "latest.json",
-            {
-                "folders": [s.folder.name for s in scores if s.folder],
-                "queries": _sources(queries),
-                "settings": asdict(settings),
-            },
-        )
 
     def self_influence_cost(self, kind: Kind, settings: TraceSettings) -> SelfInfluenceCost:
         """Count what :meth:`self_influence` costs."""
@@ -401,7 +322,7 @@ class Run:
         settings = replace(settings or CounterfactualSettings(), **changes)
         images = self.open_queries(queries)
         if scores is None:
-            scores = [self._scores_of(images, declared, trace) for declared in _declared(methods)]
+            scores = [self._scores_of(images, declared, trace) for declared in declare(methods)]
         loaded = [one if isinstance(one, Scores) else Scores.load(one) for one in scores]
         asked = images.select(images.rows(ids)) if ids else images
         return plan_counterfactual(self.subject, asked, loaded, settings, self.folder)
@@ -586,121 +507,6 @@ class Run:
         with publish_file(self.folder / "evaluation" / f"{name}.md") as partial:
             partial.write_text(markdown_table(table))
 
-    def check(self, *, device: str = "cpu") -> list[CheckRow]:
-        """Compare the record with itself and with the checkpoints; see :mod:`whence.replay_check`.
-
-        Args:
-            device: Torch device.
-
-        Returns:
-            One verdict on the keys, and one for each checkpoint.
-
-        Raises:
-            RecordError: If there is no record, or it is damaged or of other images.
-        """
-        self._check_recorded()
-        return check_run(self.subject, device=device)
-
-    def events(
-        self, plan: GradientPlan, ids: Sequence[str], *, checkpoint: int = -1, seed: int = 0
-    ) -> tuple[EventTable, EventBatch]:
-        """Hand out the events at which training samples are taken, as arrays; see :func:`events`."""
-        rows = self.train_images.rows(ids)
-        process = self.subject.process
-        if isinstance(plan.events, Grid):
-            table = grid_events(self.train_images, rows, "train", plan.events, process.num_timesteps, seed)
-        elif isinstance(plan.events, Trajectory):
-            raise ConfigError("Trajectories are of queries, not of training images: these are replayed or on a grid.")
-        else:
-            self._check_recorded()
-            checkpoints, replays = self.subject.checkpoints, self.subject.replays
-            assert replays is not None  # there is a record
-            if not -len(checkpoints) <= checkpoint < len(checkpoints):
-                raise ConfigError(
-                    f"There are {len(checkpoints)} checkpoints, 0 to {len(checkpoints) - 1}; found {checkpoint}."
-                )
-            step = checkpoints[checkpoint].step
-            everything = replays.events(self.subject.previous_step[step], step, plan.events, "learning_rate")
-            table = everything.take(np.concatenate([np.flatnonzero(everything.row == row) for row in rows]))
-        return table, make_batch(table, self.train_images, process)
-
-    def _check_recorded(self) -> None:
-        if self.record is None:
-            read_manifest(self.model / "record")  # raises, saying what is missing
-
-    def sample(
-        self, count: int, *, steps: int = 50, seed: int = 0, trajectory: bool = False, show_progress: bool = True
-    ) -> Path:
-        """Sample images from the last checkpoint into ``generated/``; what is there already is not sampled again.
-
-        Args:
-            count: How many.
-            steps: Denoising steps of DDIM.
-            seed: Seed of the noise; the k-th image depends on it and k alone.
-            trajectory: Also keep what the sampler took each image to be at each step, as journey-trak needs it.
-            show_progress: Show a progress bar.
-
-        Returns:
-            A file that opens as images, with all its decimals.
-
-        Raises:
-            ConfigError: If ``count`` or ``steps`` is not above 0.
-        """
-        if count < 1 or steps < 1:
-            raise ConfigError(f"count and steps must be above 0; found {count} and {steps}.")
-        last = self.subject.checkpoints[-1]
-        name = f"ddim{steps}-{count}-seed{seed}-step{last.step}-{last.content_hash()[:8]}"
-        path = self.folder / "generated" / f"{name}{'-trajectory' if trajectory else ''}.safetensors"
-        if not path.exists():
-            ids = [f"generated-{k}" for k in range(count)]
-            frames: dict[int, ndarray] = {}
-            images = sample_images(
-                load_model(last, allow_pickle=self.allow_pickle),
-                load_scheduler(last),
-                ids,
-                steps=steps,
-                seed=seed,
-                show_progress=show_progress,
-                keep=frames.__setitem__ if trajectory else None,
-            )
-            about = {"checkpoint_step": last.step, "checkpoint_sha256": last.content_hash()}
-            about |= {"sampler": "ddim", "eta": 0.0, "steps": steps, "seed": seed}
-            timesteps = tuple(sorted(frames))
-            kept = [frames[t] for t in timesteps]
-            path_taken = Trajectories(np.stack(kept, axis=1), timesteps, (about,) * count) if trajectory else None
-            save_arrays(path, images, ids, ["generated"] * count, path_taken)
-        return path
-
-    def load_scores(self, queries: ImageData | None = None) -> tuple[list[Scores], ImageData, dict[str, Any]]:
-        """Load what was traced last: scores, queries, settings.
-
-        Args:
-            queries: The queries, where they were given to :meth:`trace` as opened images.
-
-        Returns:
-            Scores in the order they were asked for, the queries, and the settings.
-
-        Raises:
-            ScoresError: If nothing was traced, or the queries are not where they were.
-        """
-        path = self.folder / "scores" / "latest.json"
-        if not path.exists():
-            raise ScoresError(f"{self.folder} has no scores yet. Make some with `whence trace`.")
-        try:
-            latest = json.loads(path.read_text())
-            folders, sources, settings = latest["folders"], latest["queries"], latest["settings"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ScoresError(f"{path} is damaged ({error!r}). Trace again; what is computed is used.") from error
-        scores = [Scores.load(self.folder / "scores" / name) for name in folders]
-        if queries is not None:
-            return scores, queries, settings
-        if None in sources:
-            raise ScoresError("The queries were given as opened images, not as files; pass them as queries=....")
-        try:
-            return scores, self.open_queries(sources), settings
-        except DataError as error:
-            raise ScoresError(f"The queries of the last trace cannot be opened again: {error}") from error
-
     def report(
         self, *, queries: ImageData | None = None, planted: str | None = None, notes: Sequence[str] = (), k: int = 10
     ) -> Path:
@@ -737,105 +543,6 @@ class Run:
             write_json(self.folder / "evaluation" / "retrieval.json", table)
         return page
 
-    def settings(self) -> dict[str, Any]:
-        """Give the content of ``config.yaml``, and the training settings of the record."""
-        config = yaml.safe_load((self.folder / "config.yaml").read_text())
-        return config | ({"training": self.record.manifest["config"]} if self.record else {})
-
-
-def open_run(
-    path: str | Path,
-    *,
-    data: str | None = None,
-    data_settings: DataSettings | Mapping[str, Any] | None = None,
-    out: str | Path | None = None,
-    loss: LossName | None = None,
-    allow_pickle: bool = False,
-) -> Run:
-    """Open a run, or a model that others trained.
-
-    Args:
-        path: A run of whence, a training output folder of ``diffusers``, a checkpoint, a saved pipeline or model.
-        data: Source of the training images. Needed for a foreign model; a run knows its own.
-        data_settings: How they are read, or what is to be changed of how the run did it.
-        out: Folder for scores and report of a foreign model.
-        loss: Training loss of a foreign model. Default: mse, as in the training scripts of ``diffusers``.
-        allow_pickle: Also read ``.bin`` weights.
-
-    Returns:
-        The run; nothing of the model is loaded yet.
-
-    Raises:
-        ConfigError: If something is missing or contradicts what is known.
-    """
-    folder = Path(path)
-    if loss is not None:
-        check_choice("loss", loss, LossName)
-    if (folder / "config.yaml").exists():
-        return _known_run(folder, data, data_settings, out, loss, allow_pickle)
-    list_checkpoints(folder)  # raises, saying what is accepted
-    recorded = _recorded_loss(folder)
-    if data is None:
-        raise ConfigError(f"{folder} does not say what it was trained on; give the training images with --data.")
-    if out is None and recorded is None:
-        raise ConfigError(
-            f"{folder} was not made by whence, so it is left as it is; say with --out where scores shall go."
-        )
-    if recorded and loss and loss != recorded:
-        raise ConfigError(f"{folder} was trained with the loss {recorded}, by its record; leave --loss out.")
-    run = Run(
-        Path(out) if out else folder,
-        data,
-        _changed(DataSettings(), data_settings),
-        folder,
-        recorded or loss or "mse",
-        allow_pickle,
-    )
-    _check_config(run)
-    _write_config(run)
-    return run
-
-
-def train_run(
-    folder: str | Path,
-    data: str,
-    *,
-    data_settings: DataSettings | None = None,
-    model_settings: ModelSettings | None = None,
-    settings: TrainingSettings | None = None,
-    device: str = "cpu",
-    show_progress: bool = True,
-) -> Run:
-    """Train a model with a record, or go on with an interrupted training.
-
-    Args:
-        folder: The run.
-        data: Source of the training images.
-        data_settings: How they are read.
-        model_settings: Architecture and noise schedule.
-        settings: Optimizer, schedule, length, seed.
-        device: Torch device.
-        show_progress: Show a progress bar.
-
-    Returns:
-        The run, ready to be traced.
-    """
-    settings = settings or TrainingSettings()
-    run = Run(Path(folder), data, data_settings or DataSettings(), Path(folder), settings.loss)
-    images = run.train_images  # opened first, so that nothing is written where the images are at fault
-    _check_config(run)
-    train(
-        run.folder,
-        images,
-        model_settings or ModelSettings(),
-        settings,
-        device=device,
-        show_progress=show_progress,
-        # Only now is it known that the settings can be met, and are those of a record that is there already.
-        on_start=lambda: _write_config(run),
-    )
-    return run
-
 
 def events(
     plan: GradientPlan, ids: Sequence[str], run: Run, *, checkpoint: int = -1, seed: int = 0
@@ -857,116 +564,13 @@ def events(
     return run.events(plan, ids, checkpoint=checkpoint, seed=seed)
 
 
-def _known_run(
-    folder: Path,
-    data: str | None,
-    data_settings: DataSettings | Mapping[str, Any] | None,
-    out: str | Path | None,
-    loss: LossName | None,
-    allow_pickle: bool,
-) -> Run:
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        found = config["format_version"]
-        model = folder / config["model"]
-        known = Run(folder, config["data"]["source"], DataSettings(**config["data"]["settings"]), model, config["loss"])
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise ConfigError(f"{folder / 'config.yaml'} is not a configuration of whence: {error!r}.") from error
-    if found != FORMAT_VERSION:
-        raise ConfigError(f"{folder / 'config.yaml'} has format version {found}; this whence reads {FORMAT_VERSION}.")
-    trained_with = _recorded_loss(model) or known.loss
-    if trained_with != (loss or known.loss) or trained_with != known.loss:
-        asked = f"--loss {loss}" if loss else f"config.yaml says {known.loss}, which"
-        raise ConfigError(f"{folder} was trained with the loss {trained_with}; {asked} contradicts it. Leave it out.")
-    run = replace(
-        known,
-        folder=Path(out) if out else folder,
-        data_source=data or known.data_source,
-        data_settings=_changed(known.data_settings, data_settings),
-        allow_pickle=allow_pickle,
-    )
-    if run.folder != folder:
-        _check_config(run)
-        _write_config(run)
-    return run
-
-
-def _recorded_loss(model: Path) -> LossName | None:
-    """Read the loss off a model's record, if there is one."""
-    folder = model / "record"
-    return read_manifest(folder)["loss"] if (folder / "manifest.json").exists() else None
-
-
-def _config_of(run: Run) -> dict[str, Any]:
-    """Give the content of config.yaml, the same for the same settings."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "whence": version("whence"),
-        "model": "." if run.model == run.folder else str(run.model.resolve()),
-        "data": {"source": _absolute(run.data_source), "settings": asdict(run.data_settings)},
-        "loss": run.loss,
-    }
-
-
-def _check_config(run: Run) -> None:
-    """Refuse to make something else of a folder that is a run already."""
-    path = run.folder / "config.yaml"
-    if not path.exists():
-        return
-    try:
-        found = dict(yaml.safe_load(path.read_text()))
-        found = {"model": found["model"], "loss": found["loss"], **found["data"]["settings"]}
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{path} is not a configuration of whence. Choose another folder; it is left as it is."
-        ) from error
-    config = _config_of(run)
-    # Not the source: images may be moved, and a record's fingerprint tells whether they are the same.
-    want = {"model": config["model"], "loss": config["loss"], **config["data"]["settings"]}
-    differences = [f"{k} is {found.get(k)!r}, not {v!r}" for k, v in want.items() if found.get(k) != v]
-    if differences:
-        raise ConfigError(
-            f"{run.folder} is another run: {'; '.join(differences)}. Choose another folder; it is left as it is."
-        )
-
-
-def _changed(settings: DataSettings, changes: DataSettings | Mapping[str, Any] | None) -> DataSettings:
-    if changes is None or isinstance(changes, DataSettings):
-        return changes or settings
-    return replace(settings, **changes)
-
-
-def _write_config(run: Run) -> None:
-    with publish_file(run.folder / "config.yaml") as partial:
-        partial.write_text(yaml.safe_dump(_config_of(run), sort_keys=False))
-
-
-def _declared(methods: Methods) -> list[Method | Baseline]:
-    asked = [methods] if isinstance(methods, str | Method | Baseline) else methods
-    declared = [method_by_name(m) if isinstance(m, str) else m for m in asked]
-    retrained = [m.name for m in declared if isinstance(m, RetrainingMethod)]
-    if retrained:
-        raise ConfigError(
-            f"{', '.join(retrained)} cannot be traced: retrained models make it. Use `whence retrain`, then `whence "
-            "evaluate` with --fit-subsets."
-        )
-    return [m for m in declared if not isinstance(m, RetrainingMethod)]
-
-
 def _tuples(value: Any) -> Any:
     """Bring a setting that was kept as JSON back to its type."""
     return tuple(value) if isinstance(value, list) else value
 
 
-def _sources(queries: Images) -> list[str | None]:
-    """Name the sources of queries, None where they were given as opened images."""
-    return [None if isinstance(p, ImageData) else _absolute(p) for p in _parts(queries)]
-
-
-def _parts(queries: Images) -> list[str | Path | ImageData]:
-    return [queries] if isinstance(queries, str | Path | ImageData) else list(queries)
-
-
-def _absolute(source: str | Path) -> str:
-    """Make a path findable from anywhere; names of images that come with whence stay."""
-    return str(source) if str(source) in BUNDLED else str(Path(source).resolve())
+def __getattr__(name: str) -> Any:
+    # open_run and train_run are found here too; their module needs Run, so it cannot be imported above.
+    if name not in ("open_run", "train_run"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("whence.opening"), name)

@@ -1,0 +1,62 @@
+"""``config.yaml`` of a run: where its images and its model are, and how they are read."""
+
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from whence._files import publish_file
+from whence._run_folder import RunFolder
+from whence.arguments import absolute
+from whence.config import LossName
+from whence.errors import ConfigError
+from whence.record import read_manifest
+
+FORMAT_VERSION = 1
+
+
+def check_config(run: RunFolder) -> None:
+    """Refuse to make something else of a folder that is a run already."""
+    path = run.folder / "config.yaml"
+    if not path.exists():
+        return
+    try:
+        found = dict(yaml.safe_load(path.read_text()))
+        found = {"model": found["model"], "loss": found["loss"], **found["data"]["settings"]}
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} is not a configuration of whence. Choose another folder; it is left as it is."
+        ) from error
+    config = _config_of(run)
+    # Not the source: images may be moved, and a record's fingerprint tells whether they are the same.
+    want = {"model": config["model"], "loss": config["loss"], **config["data"]["settings"]}
+    differences = [f"{k} is {found.get(k)!r}, not {v!r}" for k, v in want.items() if found.get(k) != v]
+    if differences:
+        raise ConfigError(
+            f"{run.folder} is another run: {'; '.join(differences)}. Choose another folder; it is left as it is."
+        )
+
+
+def write_config(run: RunFolder) -> None:
+    """Write ``config.yaml`` into the folder of a run."""
+    with publish_file(run.folder / "config.yaml") as partial:
+        partial.write_text(yaml.safe_dump(_config_of(run), sort_keys=False))
+
+
+def _config_of(run: RunFolder) -> dict[str, Any]:
+    """Give the content of config.yaml, the same for the same settings."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "whence": version("whence"),
+        "model": "." if run.model == run.folder else str(run.model.resolve()),
+        "data": {"source": absolute(run.data_source), "settings": asdict(run.data_settings)},
+        "loss": run.loss,
+    }
+
+
+def recorded_loss(model: Path) -> LossName | None:
+    """Read the loss off a model's record, if there is one."""
+    folder = model / "record"
+    return read_manifest(folder)["loss"] if (folder / "manifest.json").exists() else None

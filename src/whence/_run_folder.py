@@ -1,0 +1,208 @@
+"""What is in the folder of a run, and what is at hand before any stage works: images, record, checkpoints, scores."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy import ndarray
+
+from whence._files import write_json
+from whence.arguments import BUNDLED, Images, parts, sources
+from whence.checkpoints import list_checkpoints, load_model, load_scheduler
+from whence.config import DataSettings, LossName, QuerySettings, TraceSettings
+from whence.data import ImageData, concatenate, open_images, save_arrays
+from whence.errors import ConfigError, DataError, RecordError, ScoresError
+from whence.event_table import EventBatch, EventTable, grid_events, make_batch
+from whence.methods import GradientPlan, Grid, Trajectory
+from whence.record import Record, read_manifest
+from whence.replay_check import CheckRow, check_run
+from whence.sampling import sample_images
+from whence.scores import Scores, TopScores
+from whence.subject import Subject
+from whence.trajectories import Trajectories
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What a :class:`~whence.pipeline.Run` holds; the stages are added there."""
+
+    folder: Path
+    data_source: str
+    data_settings: DataSettings
+    model: Path
+    """Where the checkpoints are: the run itself, or a folder of someone else's."""
+    loss: LossName
+    allow_pickle: bool = False
+
+    @cached_property
+    def train_images(self) -> ImageData:
+        """The training images."""
+        try:
+            return open_images(self.data_source, self.data_settings)
+        except DataError as error:
+            if Path(self.data_source).exists() or self.data_source in BUNDLED:
+                raise
+            raise DataError(f"{error} If the images were moved, say with --data where they are now.") from error
+
+    @cached_property
+    def record(self) -> Record | None:
+        """The record of training, or None."""
+        folder = self.model / "record"
+        if folder.exists() and not (folder / "manifest.json").exists():
+            raise RecordError(
+                f"{folder} has no manifest.json, so what is in it cannot be used. Restore it; or, to trace the model "
+                "as one without a record, move the folder away."
+            )
+        return Record.open(folder) if folder.exists() else None
+
+    @cached_property
+    def subject(self) -> Subject:
+        """What is traced."""
+        return Subject(list_checkpoints(self.model), self.train_images, self.record, self.loss, self.allow_pickle)
+
+    def open_queries(self, queries: Images) -> ImageData:
+        """Open query images and read them at the size of the training images."""
+        given = parts(queries)
+        if not given:
+            raise ConfigError("Give at least one query image.")
+        columns = dict.fromkeys(("image_column", "id_column", "label_column", "caption_column"))
+        settings = replace(self.data_settings, **columns)
+        return concatenate([p if isinstance(p, ImageData) else open_images(p, settings) for p in given])
+
+    def load_scores(self, queries: ImageData | None = None) -> tuple[list[Scores], ImageData, dict[str, Any]]:
+        """Load what was traced last: scores, queries, settings.
+
+        Args:
+            queries: The queries, where they were given to :meth:`trace` as opened images.
+
+        Returns:
+            Scores in the order they were asked for, the queries, and the settings.
+
+        Raises:
+            ScoresError: If nothing was traced, or the queries are not where they were.
+        """
+        path = self.folder / "scores" / "latest.json"
+        if not path.exists():
+            raise ScoresError(f"{self.folder} has no scores yet. Make some with `whence trace`.")
+        try:
+            latest = json.loads(path.read_text())
+            folders, sources, settings = latest["folders"], latest["queries"], latest["settings"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ScoresError(f"{path} is damaged ({error!r}). Trace again; what is computed is used.") from error
+        scores = [Scores.load(self.folder / "scores" / name) for name in folders]
+        if queries is not None:
+            return scores, queries, settings
+        if None in sources:
+            raise ScoresError("The queries were given as opened images, not as files; pass them as queries=....")
+        try:
+            return scores, self.open_queries(sources), settings
+        except DataError as error:
+            raise ScoresError(f"The queries of the last trace cannot be opened again: {error}") from error
+
+    def _note_latest(
+        self, scores: Sequence[Scores | TopScores], queries: Images, settings: TraceSettings | QuerySettings
+    ) -> None:
+        """Remember what :meth:`report` shows."""
+        write_json(
+            self.folder / "scores" / "latest.json",
+            {
+                "folders": [s.folder.name for s in scores if s.folder],
+                "queries": sources(queries),
+                "settings": asdict(settings),
+            },
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Give the content of ``config.yaml``, and the training settings of the record."""
+        config = yaml.safe_load((self.folder / "config.yaml").read_text())
+        return config | ({"training": self.record.manifest["config"]} if self.record else {})
+
+    def sample(
+        self, count: int, *, steps: int = 50, seed: int = 0, trajectory: bool = False, show_progress: bool = True
+    ) -> Path:
+        """Sample images from the last checkpoint into ``generated/``; what is there already is not sampled again.
+
+        Args:
+            count: How many.
+            steps: Denoising steps of DDIM.
+            seed: Seed of the noise; the k-th image depends on it and k alone.
+            trajectory: Also keep what the sampler took each image to be at each step, as journey-trak needs it.
+            show_progress: Show a progress bar.
+
+        Returns:
+            A file that opens as images, with all its decimals.
+
+        Raises:
+            ConfigError: If ``count`` or ``steps`` is not above 0.
+        """
+        if count < 1 or steps < 1:
+            raise ConfigError(f"count and steps must be above 0; found {count} and {steps}.")
+        last = self.subject.checkpoints[-1]
+        name = f"ddim{steps}-{count}-seed{seed}-step{last.step}-{last.content_hash()[:8]}"
+        path = self.folder / "generated" / f"{name}{'-trajectory' if trajectory else ''}.safetensors"
+        if not path.exists():
+            ids = [f"generated-{k}" for k in range(count)]
+            frames: dict[int, ndarray] = {}
+            images = sample_images(
+                load_model(last, allow_pickle=self.allow_pickle),
+                load_scheduler(last),
+                ids,
+                steps=steps,
+                seed=seed,
+                show_progress=show_progress,
+                keep=frames.__setitem__ if trajectory else None,
+            )
+            about = {"checkpoint_step": last.step, "checkpoint_sha256": last.content_hash()}
+            about |= {"sampler": "ddim", "eta": 0.0, "steps": steps, "seed": seed}
+            timesteps = tuple(sorted(frames))
+            kept = [frames[t] for t in timesteps]
+            path_taken = Trajectories(np.stack(kept, axis=1), timesteps, (about,) * count) if trajectory else None
+            save_arrays(path, images, ids, ["generated"] * count, path_taken)
+        return path
+
+    def check(self, *, device: str = "cpu") -> list[CheckRow]:
+        """Compare the record with itself and with the checkpoints; see :mod:`whence.replay_check`.
+
+        Args:
+            device: Torch device.
+
+        Returns:
+            One verdict on the keys, and one for each checkpoint.
+
+        Raises:
+            RecordError: If there is no record, or it is damaged or of other images.
+        """
+        self._check_recorded()
+        return check_run(self.subject, device=device)
+
+    def events(
+        self, plan: GradientPlan, ids: Sequence[str], *, checkpoint: int = -1, seed: int = 0
+    ) -> tuple[EventTable, EventBatch]:
+        """Hand out the events at which training samples are taken, as arrays; see :func:`events`."""
+        rows = self.train_images.rows(ids)
+        process = self.subject.process
+        if isinstance(plan.events, Grid):
+            table = grid_events(self.train_images, rows, "train", plan.events, process.num_timesteps, seed)
+        elif isinstance(plan.events, Trajectory):
+            raise ConfigError("Trajectories are of queries, not of training images: these are replayed or on a grid.")
+        else:
+            self._check_recorded()
+            checkpoints, replays = self.subject.checkpoints, self.subject.replays
+            assert replays is not None  # there is a record
+            if not -len(checkpoints) <= checkpoint < len(checkpoints):
+                raise ConfigError(
+                    f"There are {len(checkpoints)} checkpoints, 0 to {len(checkpoints) - 1}; found {checkpoint}."
+                )
+            step = checkpoints[checkpoint].step
+            everything = replays.events(self.subject.previous_step[step], step, plan.events, "learning_rate")
+            table = everything.take(np.concatenate([np.flatnonzero(everything.row == row) for row in rows]))
+        return table, make_batch(table, self.train_images, process)
+
+    def _check_recorded(self) -> None:
+        if self.record is None:
+            read_manifest(self.model / "record")  # raises, saying what is missing
