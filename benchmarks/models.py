@@ -82,8 +82,11 @@ class UnlabelledDiT(nn.Module):
         for name, parameter in net.named_parameters():
             parameter.requires_grad_("embedding_table" not in name)
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, class_labels: None = None, return_dict: bool = False
+    ) -> tuple[Tensor]:
         """Run the network; a tuple of one, as diffusers gives without ``return_dict``."""
+        del class_labels
         classes = torch.zeros_like(timesteps)
         return self.net(noisy, timestep=timesteps, class_labels=classes, return_dict=return_dict)
 

@@ -31,6 +31,7 @@ TRACE_VECTORS = 176
 MEMORY_BYTES = 4 * 2**30
 """Memory for query vectors, as ``whence trace`` has it by default; what goes beyond takes another pass."""
 ROW_WIDTH = 4096
+ADAPTERS["UnlabelledDiT"] = ADAPTERS["UNet2DModel"]  # it is called as that one
 QUERY_BATCHES = 2
 
 

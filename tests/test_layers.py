@@ -39,6 +39,7 @@ LAYER_OF = {
     "_tensor_file": "artifacts",
     "scores": "artifacts",
     "trajectories": "artifacts",
+    "encoded": "artifacts",
     "ensembles": "artifacts",
     "ground_truth": "artifacts",
     "checkpoints": "checkpoints",

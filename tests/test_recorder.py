@@ -480,11 +480,11 @@ class TestRefusals:
         with pytest.raises(RecordError, match=r"mapping or a dataclass .*vars\(args\).*; found int"):
             make_recorder(tmp_path, config=3)
 
-    def test_a_scheduler_without_discrete_timesteps(self, tmp_path):
-        from diffusers import FlowMatchEulerDiscreteScheduler
+    def test_a_scheduler_of_no_known_kind(self, tmp_path):
+        from diffusers import CMStochasticIterativeScheduler
 
-        with pytest.raises(UnsupportedModelError, match="flow matching"):
-            make_recorder(tmp_path, scheduler=FlowMatchEulerDiscreteScheduler())
+        with pytest.raises(UnsupportedModelError, match="of flow matching or of EDM"):
+            make_recorder(tmp_path, scheduler=CMStochasticIterativeScheduler())
 
 
 @pytest.mark.usefixtures("as_in_use")

@@ -49,7 +49,7 @@ def test_a_true_record_passes_at_every_checkpoint_the_last_included(subject):
     [
         ("noise_key", lambda key: key + np.uint64(1), "failed"),
         ("flip", lambda flip: not flip, "failed"),
-        ("model_time", lambda time: (time + 1) % 50, "failed"),
+        ("timestep", lambda timestep: (timestep + 1) % 50, "failed"),
         ("loss_weight", lambda weight: weight * 1.01, "passed"),
         ("loss", lambda loss: loss * 1.0001, "passed"),
     ],

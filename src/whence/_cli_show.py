@@ -92,12 +92,12 @@ def _show_events(
     rows = [
         [run.train_images.ids[row], int(t), f"{key:016x}", bool(flip), float(loss_weight), float(weight)]
         for row, t, key, flip, loss_weight, weight in zip(
-            table.row, table.timestep, table.noise_key, table.flip, table.loss_weight, table.weight, strict=True
+            table.row, table.timestep, table.noise_key, table.flip, batch.loss_weight, table.weight, strict=True
         )
     ]
     if npz is not None:
         with publish_file(npz) as partial, partial.open("wb") as file:
-            np.savez(file, **{name: array.numpy() for name, array in vars(batch).items()})
+            np.savez(file, **{name: array.numpy() for name, array in batch.arrays().items()})
     print_table(["train id", "timestep", "noise key", "flip", "loss weight", "weight"], rows, json)
 
 

@@ -15,6 +15,7 @@ from whence._files import sha256_of_json
 from whence.checkpoints import check_same_architecture
 from whence.config import AutocastName, DtypeName, GradientSettings, TraceSettings, WeightsName
 from whence.data import ImageData
+from whence.diffusion.process import NoiseProcess
 from whence.encoders import SETTINGS as ENCODER_SETTINGS
 from whence.encoders import Encoder, find_encoder
 from whence.errors import ConfigError, ScoresError, check_choice
@@ -30,6 +31,7 @@ from whence.methods.frame import (
     RidgeInverse,
     Trajectory,
 )
+from whence.record import Record
 from whence.scores import Scores
 from whence.similarity import score_baseline
 from whence.streaming import StreamingPass, claim
@@ -432,7 +434,7 @@ def notes_on(scores: Scores, subject: Subject, settings: TraceSettings) -> list[
             notes.append(
                 f"{len(zero)} training images have a gradient of zero at some checkpoint and count 0 there: {some}."
             )
-    if subject.record is not None and (subject.record.visits.loss_weight != 1).any():
+    if subject.record is not None and _weighs_otherwise(subject.record, subject.process):
         notes.append("Training weighted its losses; the weights are in replayed gradients, not in those on a grid.")
     if subject.record is not None:
         late = int((subject.record.visits.step > subject.checkpoints[-1].step).sum())
@@ -462,6 +464,12 @@ def notes_on_solutions(details: Mapping[str, Any]) -> list[str]:
         for step, found in details.get("preconditioners", {}).items()
         if "residual" in found
     ]
+
+
+def _weighs_otherwise(record: Record, process: NoiseProcess) -> bool:
+    """Tell whether training weighed its losses by more than their timesteps."""
+    known = process.loss_weight.numpy()[record.visits.timestep]
+    return not np.allclose(record.visits.loss_weight, known, rtol=1e-4)
 
 
 def _check_query_size(train: ImageData, queries: ImageData) -> None:

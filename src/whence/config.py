@@ -10,6 +10,8 @@ from typing import Literal, TypeVar
 LossName = Literal["mse", "l1"]
 OutputName = Literal["loss", "squares", "mean", "l1", "l2", "max"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+TargetName = Literal[PredictionType, "flow", "edm"]
+WeightingScheme = Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
 WeightsName = Literal["raw", "ema"]
 DtypeName = Literal["float32", "float64"]
 ProjectionKind = Literal["two_sided_sketch", "two_sided", "sketch", "gaussian", "rademacher", "identity"]
@@ -40,6 +42,28 @@ class DataSettings:
     """Column that holds a caption; found by the names text, caption, prompt when not given."""
     max_megapixels: float = 100.0
     """An image with more pixels than this is refused, before it is decoded."""
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What a training script of ``diffusers`` adds to noise and loss; named as its flags."""
+
+    snr_gamma: float | None = None
+    """Min-SNR weighting of the loss with this gamma (Hang et al. 2023), of DDPM-like models."""
+    noise_offset: float = 0.0
+    """Standard deviation of a shift of the noise, one for each channel, that the target has too."""
+    input_perturbation: float = 0.0
+    """Standard deviation of further noise, in the noisy image alone."""
+    weighting_scheme: WeightingScheme = "none"
+    """Of flow matching, as for SD3: logit_normal and mode draw timesteps, sigma_sqrt and cosmap weigh the loss."""
+    logit_mean: float = 0.0
+    """Mean of logit_normal."""
+    logit_std: float = 1.0
+    """Standard deviation of logit_normal."""
+    mode_scale: float = 1.29
+    """Scale of mode."""
+    precondition_outputs: bool = False
+    """The loss compares clean images, so it is that of the velocity times sigma squared (the SD3 scripts' default)."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex, final
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 from numpy import ndarray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -32,6 +32,8 @@ from whence._files import publish_file
 from whence._images import Pictures, ValueRange, decode, hash_pixels, hold_floats, read_pictures
 from whence._sources import Items, abbreviate, as_text, checked_ids, find_images, warn_of_columns
 from whence.config import DataSettings
+from whence.encoded import Encoded
+from whence.encoded import join as join_encoded
 from whence.errors import ConfigError, DataError
 from whence.trajectories import Trajectories
 from whence.trajectories import join as join_trajectories
@@ -75,14 +77,18 @@ class ImageData:
     """Where each image is: selecting and joining data sets copies no pixels."""
     trajectories: Trajectories | None = None
     """How a sampler came to these images, where that was kept."""
+    encoding: Encoded | None = None
+    """What the network sees of them, where that is not the pixels alone."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every id and the pixels as the model sees them, in order; labels and captions do not count."""
-        return fingerprint_of(self.ids, self.hashes)
+        """SHA-256 over every id and what the model sees of it, in order; what a model is not shown does not count."""
+        if self.encoding is None:
+            return fingerprint_of(self.ids, self.hashes)
+        return fingerprint_of(self.ids, map("".join, zip(self.hashes, self.encoding.hashes, strict=True)))
 
     @cached_property
     def hashes(self) -> tuple[str, ...]:
@@ -137,6 +143,43 @@ class ImageData:
             out[place] = self._read(rows[place], Pictures.pixels)
         return out
 
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what is noised: latents, or else pixels."""
+        if self.encoding is None or self.encoding.latents is None:
+            return self.channels, self.height, self.width
+        channels, height, width = self.encoding.latents.mean.shape[1:]
+        return channels, height, width
+
+    def inputs(self, rows: Sequence[SupportsIndex] | ndarray) -> Float32[ndarray, "row channel height width"]:
+        """Give what is noised: latents (the posterior's mean), or else pixels.
+
+        Args:
+            rows: Positions in 0..len-1, in any order.
+
+        Returns:
+            float32; a copy.
+        """
+        if self.encoding is None or self.encoding.latents is None:
+            return self.pixels(rows)
+        return self.encoding.clean(np.array(self._checked(rows), dtype=np.int64))[0]
+
+    def conditions(
+        self, rows: Sequence[SupportsIndex] | ndarray, dropped: Bool[ndarray, " row"] | None = None
+    ) -> dict[str, ndarray]:
+        """Give what a conditional network is told of images, by the names of its arguments.
+
+        Args:
+            rows: Positions in 0..len-1, in any order.
+            dropped: Where the condition is withheld.
+
+        Returns:
+            Arrays with one row for each of ``rows``; none for an unconditional network.
+        """
+        if self.encoding is None or self.encoding.conditions is None:
+            return {}
+        return self.encoding.conditions.take(np.array(self._checked(rows), dtype=np.int64), dropped)
+
     def picture(self, row: SupportsIndex) -> bytes:
         """Give an image for people to look at, as it came but in RGB; a DataError if its source has gone.
 
@@ -185,6 +228,7 @@ class ImageData:
             captions=take(self.captions),
             _entries=take(self._entries),
             trajectories=self.trajectories and self.trajectories.select(rows),
+            encoding=self.encoding and self.encoding.select(rows),
         )
 
     def _checked(self, rows: Sequence[SupportsIndex] | ndarray) -> list[int]:
@@ -385,6 +429,7 @@ def concatenate(parts: Sequence[ImageData]) -> ImageData:
         source=source,
         _entries=tuple(entry for part in parts for entry in part._entries),
         trajectories=join_trajectories([part.trajectories for part in parts]),
+        encoding=join_encoded([part.encoding for part in parts]),
     )
 
 

@@ -5,7 +5,7 @@ sees. Both sides of a score, the replay check, and anyone who wants to check a s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -14,9 +14,9 @@ from numpy import ndarray
 from torch import Tensor
 
 from whence.data import ImageData
-from whence.diffusion.noise import Side, noise_key, normals_of_keys
+from whence.diffusion.noise import Side, draw_latents, noise_key
 from whence.diffusion.process import NoiseProcess, even_timesteps
-from whence.errors import RecordError, check_choice
+from whence.errors import DataError, RecordError, check_choice
 from whence.methods.frame import Grid, Replay, ReplayedVisits, Trajectory, WeightsRule
 from whence.record import Record, Visits
 from whence.recorder import flip_where
@@ -34,8 +34,12 @@ class EventTable:
     """Key of the noise."""
     flip: Bool[ndarray, " event"]
     """Whether the image is mirrored."""
-    loss_weight: Float32[ndarray, " event"]
-    """Factor inside the loss."""
+    dropped: Bool[ndarray, " event"]
+    """Whether its caption or label is withheld."""
+    drawn: Bool[ndarray, " event"]
+    """Whether its latents are drawn from the VAE's posterior, by the key; otherwise they are the posterior's mean."""
+    loss_weight: Float32[ndarray, " event"] | None
+    """Recorded factor inside the loss; None: what the training's objective gives its timestep."""
     weight: Float64[ndarray, " event"]
     """Weight w_e of the event's gradient in the score."""
 
@@ -44,7 +48,9 @@ class EventTable:
 
     def take(self, which: ndarray | slice) -> "EventTable":
         """Keep some events, by position or mask."""
-        return EventTable(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
+        weights = None if self.loss_weight is None else self.loss_weight[which]
+        columns = {f.name: getattr(self, f.name)[which] for f in fields(self) if f.name != "loss_weight"}
+        return EventTable(**columns, loss_weight=weights)
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,22 @@ class EventBatch:
     """x_t."""
     target: Float[Tensor, "event channel height width"]
     timesteps: Int[Tensor, " event"]
+    times: Tensor
+    """What the network is told of the timesteps."""
+    conditions: dict[str, Tensor]
+    """What it is told besides, by the names of its arguments."""
     loss_weight: Float[Tensor, " event"]
     weight: Float[Tensor, " event"]
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Give all arrays by name, those of the conditions among them."""
+        return {name: value for name, value in vars(self).items() if name != "conditions"} | self.conditions
+
+    def take(self, some: slice) -> "EventBatch":
+        """Keep some events."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        kept = {name: value[some] for name, value in values.items() if name != "conditions"}
+        return EventBatch(**kept, conditions={name: value[some] for name, value in self.conditions.items()})
 
 
 def make_batch(
@@ -81,20 +101,57 @@ def make_batch(
     Returns:
         Arrays in the order of the table.
     """
-    pixels, which = np.unique(table.row, return_inverse=True)
-    clean = torch.from_numpy(images.pixels(pixels.tolist())[which])
-    clean = flip_where(clean, torch.from_numpy(table.flip)).to(device, dtype)
-    noise = torch.from_numpy(normals_of_keys(table.noise_key, tuple(clean.shape[1:]))).to(device, dtype)
+    noise, seen = process.noise(table.noise_key, images.input_shape)
+    clean = _clean(table, images).to(device, dtype)
     timesteps = torch.from_numpy(table.timestep).to(device)
+    noise, seen = (torch.from_numpy(n).to(device, dtype) for n in (noise, seen))
     return EventBatch(
-        clean,
-        noise,
-        process.add_noise(clean, noise, timesteps),
-        process.target(clean, noise, timesteps),
-        timesteps,
-        torch.from_numpy(table.loss_weight).to(device, dtype),
-        torch.from_numpy(table.weight).to(device, torch.float64),
+        clean=clean,
+        noise=noise,
+        noisy=process.add_noise(clean, seen, timesteps),
+        target=process.target(clean, noise, timesteps),
+        timesteps=timesteps,
+        times=process.times(timesteps),
+        conditions=conditions_of(images, table.row, table.dropped, dtype=dtype, device=device),
+        loss_weight=_loss_weight(table, process).to(device, dtype),
+        weight=torch.from_numpy(table.weight).to(device, torch.float64),
     )
+
+
+def _loss_weight(table: EventTable, process: NoiseProcess) -> Float[Tensor, " event"]:
+    if table.loss_weight is not None:
+        return torch.from_numpy(table.loss_weight)
+    return process.loss_weight[torch.from_numpy(table.timestep)]
+
+
+def _clean(table: EventTable, images: ImageData) -> Float[Tensor, "event channel height width"]:
+    """Give what is noised at each event: pixels or latents, mirrored where the event says so."""
+    if images.encoding is None or images.encoding.latents is None:
+        rows, which = np.unique(table.row, return_inverse=True)
+        return flip_where(torch.from_numpy(images.pixels(rows)[which]), torch.from_numpy(table.flip))
+    mean, deviation = images.encoding.clean(table.row, table.flip)
+    if table.drawn.any():
+        if deviation is None:
+            raise DataError(
+                "Training drew latents from the VAE's posterior; its standard deviation is missing. Delete the run's "
+                "cache/ folder, so that images are encoded again."
+            )
+        drawn = draw_latents(mean, deviation, table.noise_key)
+        mean = np.where(table.drawn[:, None, None, None], drawn, mean)
+    return torch.from_numpy(mean)
+
+
+def conditions_of(
+    images: ImageData,
+    rows: Sequence[int] | Int64[ndarray, " event"],
+    dropped: Bool[ndarray, " event"] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> dict[str, Tensor]:
+    """Give what a conditional network is told of images, as tensors; floats in ``dtype``."""
+    tensors = {name: torch.from_numpy(values) for name, values in images.conditions(rows, dropped).items()}
+    return {n: t.to(device, dtype) if t.is_floating_point() else t.to(device) for n, t in tensors.items()}
 
 
 def grid_events(
@@ -162,9 +219,7 @@ def sample_events(
     chosen = found.timesteps[points.start : points.stop]
     names = [images.ids[row] for row in rows]
     frames = found.frames[list(rows), points.start : points.stop]
-    noised = ImageData.from_arrays(
-        frames.reshape(-1, *frames.shape[2:]), [f"{name} at step {t}" for name in names for t in chosen]
-    )
+    noised = _noised(images, rows, frames, [f"{name} at step {t}" for name in names for t in chosen])
     keys = [
         noise_key(seed, "trajectory", side, name, t, draw)
         for name in names
@@ -174,6 +229,21 @@ def sample_events(
     row = np.repeat(np.arange(len(noised)), events.draws)
     timestep = np.tile(np.repeat(np.array(chosen, dtype=np.int64), events.draws), len(rows))
     return noised, _table(row, timestep, np.array(keys, dtype=np.uint64))
+
+
+def _noised(
+    images: ImageData, rows: Sequence[int], frames: Float32[ndarray, "row step channel height width"], ids: list[str]
+) -> ImageData:
+    """Make a data set of a sampler's frames, each with the condition of its image."""
+    flat = frames.reshape(-1, *frames.shape[2:])
+    if images.encoding is None:
+        return ImageData.from_arrays(flat, ids)
+    of_image = np.repeat(np.asarray(rows), frames.shape[1])
+    if images.encoding.latents is None:
+        return replace(ImageData.from_arrays(flat, ids), encoding=images.encoding.select(of_image))
+    # Pixels of a frame are not known; those of its image stand in, and are not looked at.
+    pixels = images.pixels(of_image)
+    return replace(ImageData.from_arrays(pixels, ids), encoding=images.encoding.with_latents(flat, of_image))
 
 
 class Replays:
@@ -195,11 +265,17 @@ class Replays:
         if not len(record.visits):
             raise RecordError(f"The record in {record.folder} holds no visits. Restore its parts, or train again.")
         self._row_of_sample = np.array([row_of[i] for i in record.sample_ids], dtype=np.int64)
-        cropped = record.visits.crop_top.any() or record.visits.crop_left.any()
-        if cropped or record.visits.condition_dropped.any():
+        self._drawn = record.manifest.get("latents") == "sample"
+        if record.visits.crop_top.any() or record.visits.crop_left.any():
             raise RecordError(
-                f"The record in {record.folder} has random crops or dropped conditions, which cannot be replayed yet. "
-                "Trace on a grid instead, by moving record/ out of the run."
+                f"The record in {record.folder} has random crops, which cannot be replayed yet. Trace on a grid "
+                "instead, by moving record/ out of the run."
+            )
+        conditions = images.encoding and images.encoding.conditions
+        if record.visits.condition_dropped.any() and (conditions is None or conditions.withheld is None):
+            raise RecordError(
+                f"The record in {record.folder} says that conditions were withheld in training, and {images.source} "
+                "has no captions or labels that a network is told. Give them with the training images."
             )
 
     def events(self, after: int, upto: int, replay: Replay, weights: WeightsRule) -> EventTable:
@@ -243,9 +319,11 @@ class Replays:
             self._row_of_sample[visits.sample],
             visits.timestep,
             visits.noise_key,
-            visits.flip,
-            visits.loss_weight,
-            weight,
+            flip=visits.flip,
+            dropped=visits.condition_dropped,
+            drawn=np.full(len(visits), self._drawn),
+            loss_weight=visits.loss_weight,
+            weight=weight,
         )
 
     def _between(self, after: int, upto: int) -> Visits:
@@ -289,16 +367,21 @@ def _table(
     row: ndarray,
     timestep: ndarray,
     keys: ndarray,
+    *,
     flip: ndarray | None = None,
+    dropped: ndarray | None = None,
+    drawn: ndarray | None = None,
     loss_weight: ndarray | None = None,
     weight: ndarray | None = None,
 ) -> EventTable:
-    num_events = len(row)
+    no = np.zeros(len(row), dtype=bool)
     return EventTable(
         row,
         timestep,
         keys,
-        np.zeros(num_events, dtype=bool) if flip is None else flip,
-        np.ones(num_events, dtype=np.float32) if loss_weight is None else loss_weight,
-        np.ones(num_events) if weight is None else weight,
+        no if flip is None else flip,
+        no if dropped is None else dropped,
+        no if drawn is None else drawn,
+        loss_weight,
+        np.ones(len(row)) if weight is None else weight,
     )

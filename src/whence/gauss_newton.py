@@ -85,7 +85,7 @@ class GaussNewton:
         source = self.source
         batch = make_batch(events, self.images, source.process, dtype=source.dtype, device=source.device)
         parameters, spans = list(source.capture.parameters.values()), list(source.layout.spans.values())
-        prediction = predict(source.model, batch.noisy, batch.timesteps)
+        prediction = predict(source.model, batch.noisy, batch.times, batch.conditions)
         anything = torch.zeros_like(prediction, requires_grad=True)
         # J^T u, as a function of u, which stays the same for all vectors. What the prediction does not use is 0.
         pulled = torch.autograd.grad(prediction, parameters, anything, create_graph=True, materialize_grads=True)

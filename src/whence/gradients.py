@@ -11,6 +11,7 @@ normalisation::
 with A and B the sums over half of the draws, divided by the number of all draws.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -422,7 +423,7 @@ class GradientSource:
         """Give the outputs of events, and put mean squared errors into ``squares``."""
         batch = make_batch(table, images, self.process, dtype=self.dtype, device=self.device)
         with autocast(self.autocast, self.device):
-            prediction = predict(self.model, batch.noisy, batch.timesteps)
+            prediction = predict(self.model, batch.noisy, batch.times, batch.conditions)
         prediction = prediction.to(self.dtype)
         if squares is not None:
             squares.copy_(sample_loss(prediction.detach(), batch.target, "mse"))
@@ -431,7 +432,7 @@ class GradientSource:
 
     def output_scale(self, images: ImageData) -> float:
         """Give what outputs are multiplied with before the backward pass, which autocast may ask for."""
-        return output_scale(self.autocast, images.channels * images.height * images.width)
+        return output_scale(self.autocast, math.prod(images.input_shape))
 
     def _backward(
         self,
@@ -477,8 +478,9 @@ class GradientSource:
             def outputs(
                 some: slice, batch: EventBatch = batch, residual: Float[Tensor, "event *shape"] = residual
             ) -> Float[Tensor, " event"]:
+                here = batch.take(some)
                 with autocast(self.autocast, self.device):
-                    prediction = predict(self.model, batch.noisy[some], batch.timesteps[some])
+                    prediction = predict(self.model, here.noisy, here.times, here.conditions)
                 return (prediction.to(self.dtype) * residual[some]).flatten(1).sum(1)
 
             with tensor_float_32(self.tf32):

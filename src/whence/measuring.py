@@ -27,6 +27,7 @@ from whence.diffusion.noise import noise_key, normals, scalar_draws
 from whence.diffusion.objectives import bound_weights, sample_loss, sample_output
 from whence.diffusion.process import NoiseProcess
 from whence.errors import ConfigError, NumericsError
+from whence.event_table import conditions_of
 
 MEASURES = ("loss", "mse", "squares", "simplified_elbo", "elbo")
 
@@ -110,9 +111,11 @@ def measure_model(
     values = np.empty((3, *shape))
     flat = values.reshape(3, -1)
     with torch.no_grad():
-        for events, clean, noise, timesteps in _batches(queries, grid, batch_size):
+        for events, query, clean, noise, timesteps in _batches(queries, grid, batch_size):
             clean, noise, timesteps = (part.to(model.device) for part in (clean, noise, timesteps))
-            prediction = predict(model, process.add_noise(clean, noise, timesteps), timesteps).double()
+            conditions = conditions_of(queries, query, device=model.device)
+            noisy = process.add_noise(clean, noise, timesteps)
+            prediction = predict(model, noisy, process.times(timesteps), conditions).double()
             target = process.target(clean, noise, timesteps).double()
             flat[0, events] = sample_loss(prediction, target, loss).cpu()
             flat[1, events] = sample_loss(prediction, target, "mse").cpu()
@@ -133,21 +136,22 @@ def measure_model(
 
 def _batches(
     queries: ImageData, grid: MeasuringGrid, batch_size: int
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Give the events by query, timestep, pair and sign: their places, clean images, noise, timesteps."""
+) -> Iterator[tuple[slice, ndarray, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Give the events by query, timestep, pair and sign: their places, queries, clean images, noise, timesteps."""
     num_queries, num_timesteps, num_pairs = grid.keys.shape
     num_events = num_queries * num_timesteps * num_pairs * 2
     for start in range(0, num_events, batch_size):
         places = np.arange(start, min(start + batch_size, num_events))
         query, timestep, pair, sign = np.unravel_index(places, (num_queries, num_timesteps, num_pairs, 2))
         rows, which = np.unique(query, return_inverse=True)
-        clean = queries.pixels(rows)[which]
+        clean = queries.inputs(rows)[which]
         drawn, of_event = np.unique(np.stack([query, timestep, pair]), axis=1, return_inverse=True)
         noise = np.stack([normals(int(grid.keys[tuple(key)]), clean.shape[1:]) for key in drawn.T])[of_event.ravel()]
         noise *= np.where(sign, -1, 1).astype(np.float32)[:, None, None, None]
         times = grid.timesteps[query, timestep]
         yield (
             slice(start, start + len(places)),
+            query,
             torch.from_numpy(clean),
             torch.from_numpy(noise),
             torch.from_numpy(times),

@@ -73,7 +73,7 @@ class Visits:
     sample: Int64[ndarray, " visit"]
     """Row in the record's ``sample_ids`` (not in the data set)."""
     model_time: Float32[ndarray, " visit"]
-    """The time that the network was given; the timestep 0..T-1 for DDPM-like models."""
+    """The scheduler's time, as scripts hand it to the network; the timestep 0..T-1 for DDPM-like models."""
     sigma: Float32[ndarray, " visit"]
     """Standard deviation of the noise inside the noisy image."""
     noise_key: UInt64[ndarray, " visit"]
@@ -96,14 +96,11 @@ class Visits:
     """Factor inside the loss."""
     loss: Float32[ndarray, " visit"]
     """The sample's loss, its weight included."""
+    timestep: Int64[ndarray, " visit"]
+    """The timestep 0..T-1, from least noise to most; follows from ``model_time``."""
 
     def __len__(self) -> int:
         return len(self.step)
-
-    @property
-    def timestep(self) -> Int64[ndarray, " visit"]:
-        """The timestep 0..T-1."""
-        return self.model_time.astype(np.int64)
 
     @property
     def weight(self) -> Float64[ndarray, " visit"]:
@@ -115,13 +112,24 @@ class Visits:
         return Visits(**{f.name: getattr(self, f.name)[mask] for f in fields(self)})
 
     @classmethod
-    def from_table(cls, table: pa.Table) -> "Visits":
-        """Read the columns of :data:`SCHEMA`; small integers widen to int64."""
+    def from_table(cls, table: pa.Table, model_times: Sequence[float] | None = None) -> "Visits":
+        """Read the columns of :data:`SCHEMA`; small integers widen to int64.
+
+        Args:
+            table: The columns.
+            model_times: The scheduler's times by timestep, ascending. Default: the timesteps themselves.
+
+        Returns:
+            The visits.
+
+        Raises:
+            RecordError: If a time is none of the scheduler's.
+        """
         columns = {}
-        for f in fields(cls):
-            column = table[f.name].to_numpy()
-            columns[f.name] = column.astype(np.int64) if column.dtype.kind == "u" and f.name != "noise_key" else column
-        return cls(**columns)
+        for name in SCHEMA.names:
+            column = table[name].to_numpy()
+            columns[name] = column.astype(np.int64) if column.dtype.kind == "u" and name != "noise_key" else column
+        return cls(**columns, timestep=_timesteps(columns["model_time"], model_times))
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,10 @@ class Record:
                 new_ids = _read_part(folder, part["samples"])["id"].to_pylist() if part["samples"] else []
                 rows += [row_of.setdefault(sample_id, len(row_of)) for sample_id in new_ids]
                 tables[part["kind"]].append(_number_samples(_read_part(folder, part["rows"]), rows))
-        visits, probes = (Visits.from_table(_in_order(pa.concat_tables(tables[kind]))) for kind in ("visits", "probe"))
+        times = manifest.get("model_times")
+        visits, probes = (
+            Visits.from_table(_in_order(pa.concat_tables(tables[kind])), times) for kind in ("visits", "probe")
+        )
         return cls(folder, manifest, tuple(row_of), visits, probes)
 
     @property
@@ -323,6 +334,19 @@ def _number_samples(table: pa.Table, rows: Sequence[int]) -> pa.Table:
     """Replace a rank's own numbers of its samples by ``rows``."""
     column = pa.array(np.array(rows, dtype=np.uint32)[table["sample"].to_numpy()])
     return table.set_column(table.schema.get_field_index("sample"), SCHEMA.field("sample"), column)
+
+
+def _timesteps(found: Float32[ndarray, " visit"], model_times: Sequence[float] | None) -> Int64[ndarray, " visit"]:
+    if model_times is None:
+        return found.astype(np.int64)
+    times = np.array(model_times, dtype=np.float32)
+    timesteps = np.minimum(np.searchsorted(times, found), len(times) - 1)
+    if (times[timesteps] != found).any():
+        raise RecordError(
+            f"The time {found[times[timesteps] != found][0]} is none of the scheduler's times in the manifest. The "
+            "record is damaged; restore it or train again."
+        )
+    return timesteps
 
 
 def _in_order(table: pa.Table) -> pa.Table:

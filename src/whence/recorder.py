@@ -14,7 +14,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import filelock
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from whence._files import write_json
@@ -42,8 +42,8 @@ from whence._recorder_checks import (
     whole_number,
 )
 from whence.checkpoints import Checkpoint, save_checkpoint
-from whence.config import LossName
-from whence.diffusion.noise import drawn_flip, drawn_timestep, noise_key, normals_of_keys
+from whence.config import LossName, ObjectiveSettings
+from whence.diffusion.noise import drawn_flip, noise_key
 from whence.diffusion.process import NoiseProcess
 from whence.errors import InUseError, NumericsError, RecordError
 from whence.record import FORMAT_VERSION, PartWriter, read_manifest
@@ -62,6 +62,8 @@ class Recorder:
         seed: Seed of noise, timesteps and flips. Default: the config's, else 0.
         max_grad_norm: Norm to which gradients are clipped. Default: the config's, else none.
         loss: ``mse`` or ``l1``. Default: the config's, else mse, as in the training scripts of ``diffusers``.
+        objective: What the training adds to noise and loss. Default: read off the config, by the names of the flags of
+            the training scripts of ``diffusers``.
         data_fingerprint: Fingerprint of the training images, so that others cannot be taken for them.
         rank: Number of this process, where several train together.
         resume_from: Step of the checkpoint that training goes on from; parts beyond it are moved aside. 0 starts over.
@@ -83,6 +85,7 @@ class Recorder:
         seed: int | None = None,
         max_grad_norm: float | None = None,
         loss: LossName | None = None,
+        objective: ObjectiveSettings | None = None,
         data_fingerprint: str | None = None,
         rank: int = 0,
         resume_from: int | None = None,
@@ -91,10 +94,10 @@ class Recorder:
         self.folder = Path(folder)
         self.scheduler = scheduler
         self.optimizer = checked_optimizer(optimizer)
-        self.process = NoiseProcess.from_scheduler(scheduler)
+        settings = _as_dict(config)
+        self.process = NoiseProcess.from_scheduler(scheduler, objective or objective_of(settings))
         self.rank = whole_number("rank", rank, 0, MAX_UINT16)
         self._same_config = same_config
-        settings = _as_dict(config)
         self.seed = whole_number("seed", _first(seed, settings.get("seed"), 0), -(2**63), 2**64 - 1)
         self.max_grad_norm = checked_norm(_first(max_grad_norm, settings.get("max_grad_norm")))
         self.manifest = {
@@ -108,7 +111,7 @@ class Recorder:
             "data_fingerprint": data_fingerprint,
             "config": _plain(_without_secrets(settings)),
             "versions": _versions(),
-        }
+        } | _of_objective(self.process)
         self._lock = filelock.FileLock(self.folder / f".recorder-{rank}.lock", timeout=0)
         self._parts = self._claim_folder(resume_from)
         self.last_step = resume_from or 0
@@ -142,7 +145,7 @@ class Recorder:
         *,
         crops: Int[Tensor, "event 2"] | None = None,
         condition_dropped: Bool[Tensor, " event"] | None = None,
-    ) -> tuple[Float[Tensor, "event *shape"], Int[Tensor, " event"]]:
+    ) -> tuple[Float[Tensor, "event *shape"], Shaped[Tensor, " event"]]:
         """Draw noise and timesteps for one forward pass.
 
         Args:
@@ -152,7 +155,9 @@ class Recorder:
             condition_dropped: Captions or labels withheld by the caller, to be written down.
 
         Returns:
-            The noise, and timesteps drawn uniformly from 0..T-1.
+            The noise, with the shift of a noise offset in it; and the times at which it is added, as the scheduler
+            counts them: timesteps 0..T-1, uniformly drawn, or those of a flow-matching scheduler, from the density of
+            the config's ``weighting_scheme``.
 
         Raises:
             RecordError: If ids and images differ in number, what is given cannot be written down, or the pass before
@@ -169,19 +174,23 @@ class Recorder:
             raise RecordError("flip() was called with other ids than draw(). Call both with the same batch.")
         keys = self._keys(sample_ids)
         self._occurrences.update(sample_ids)
-        timesteps = torch.tensor([drawn_timestep(key, self.process.num_timesteps) for key in keys], dtype=torch.long)
+        timesteps = torch.tensor([self.process.drawn_timestep(key) for key in keys], dtype=torch.long)
+        times = self.process.times(timesteps)
         self._open = {
             "ids": sample_ids,
             "noise_key": keys,
-            "model_time": timesteps.tolist(),
+            "model_time": times.tolist(),
             "sigma": self.process.sigma[timesteps].tolist(),
+            "own_weight": self.process.loss_weight[timesteps].tolist(),
             "flip": self._flips.pop(tuple(sample_ids), np.zeros(len(keys), dtype=bool)).tolist(),
             "crop_top": tops_lefts[:, 0].tolist(),
             "crop_left": tops_lefts[:, 1].tolist(),
             "condition_dropped": dropped.tolist(),
         }
-        noise = torch.from_numpy(normals_of_keys(keys, tuple(like.shape[1:])))
-        return noise.to(like), timesteps.to(like.device)
+        noise, self._seen_noise = (
+            torch.from_numpy(n).to(like) for n in self.process.noise(keys, tuple(like.shape[1:]))
+        )
+        return noise, times.to(like.device)
 
     def accumulate(self, loss_per_sample: Float[Tensor, " event"], *, loss_weight: Any = None) -> None:
         """Close a forward pass that is not the last of its optimizer step (gradient accumulation)."""
@@ -201,7 +210,8 @@ class Recorder:
         Args:
             loss_per_sample: Losses whose mean is minimised, their weight included; not yet averaged over the batch.
             grad_norm: Gradient norm before clipping, as ``clip_grad_norm_`` returns it.
-            loss_weight: Factor inside each loss. Default: 1.
+            loss_weight: Factor inside each loss. Default: that of the objective (``snr_gamma``, ``weighting_scheme``,
+                ``precondition_outputs``), 1 without one.
             samples_in_step: Samples in the optimizer step over all processes. Default: those of this process.
             skipped: The optimizer did not step (a gradient scaler found infinite gradients); the visits count nothing.
 
@@ -370,8 +380,9 @@ class Recorder:
                 f"The loss is not finite at step {self.last_step + 1} for sample {', '.join(bad[:5])}. "
                 "Lower the learning rate, or look at these images."
             )
-        weights = checked_weights(loss_weight, num_samples)
         rows = self._open | _constant(num_samples, micro_batch=micro_batch)
+        own = torch.tensor(rows.pop("own_weight"))
+        weights = own if loss_weight is None else checked_weights(loss_weight, num_samples)
         rows |= {"slot": list(range(num_samples)), "loss": losses.tolist(), "loss_weight": weights.tolist()}
         self._open = None
         return rows
@@ -405,6 +416,27 @@ class Recorder:
     def _append(self, passes: list[dict[str, Any]], kind: str = "visits") -> None:
         columns = {name: [v for rows in passes for v in rows[name]] for name in passes[0] if name != "ids"}
         self._parts.append(columns, [i for rows in passes for i in rows["ids"]], kind)
+
+
+def objective_of(settings: Mapping[str, Any]) -> ObjectiveSettings:
+    """Read what a training adds to noise and loss off its settings, by the names of ``diffusers``' own flags.
+
+    Args:
+        settings: Such as ``vars(args)``.
+
+    Returns:
+        The objective; what the settings do not name is off.
+    """
+    found = {f.name: settings[f.name] for f in fields(ObjectiveSettings) if settings.get(f.name) is not None}
+    if "precondition_outputs" in found:
+        found["precondition_outputs"] = bool(found["precondition_outputs"])
+    return ObjectiveSettings(**found)
+
+
+def _of_objective(process: NoiseProcess) -> dict[str, Any]:
+    """Describe what is not as in plain DDPM: what training added, and times that are not the timesteps themselves."""
+    added = {} if process.objective == ObjectiveSettings() else {"objective": asdict(process.objective)}
+    return added | ({"model_times": process.model_time.tolist()} if process.model_time.is_floating_point() else {})
 
 
 def visit_key(seed: int, sample_id: str, step: int, rank: int, occurrence: int) -> int:

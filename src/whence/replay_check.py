@@ -15,8 +15,9 @@ from torch import nn
 
 from whence.checkpoints import Checkpoint, check_files, load_model
 from whence.diffusion.adapters import check_model, predict
-from whence.diffusion.noise import drawn_flip, drawn_timestep
+from whence.diffusion.noise import drawn_flip
 from whence.diffusion.objectives import sample_loss
+from whence.diffusion.process import NoiseProcess
 from whence.event_table import make_batch
 from whence.precision import autocast, tensor_float_32
 from whence.record import Record, Visits
@@ -56,12 +57,12 @@ def check_run(subject: Subject, *, device: str = "cpu") -> list[CheckRow]:
     check_device(device)
     record, replays = subject.record, subject.replays
     assert record is not None and replays is not None  # the caller has opened a record
-    return [_check_keys(record, subject.process.num_timesteps)] + [
+    return [_check_keys(record, subject.process)] + [
         _replay(subject, checkpoint, device) for checkpoint in subject.checkpoints
     ]
 
 
-def _check_keys(record: Record, num_timesteps: int) -> CheckRow:
+def _check_keys(record: Record, process: NoiseProcess) -> CheckRow:
     faults = []
     seed, drawn_by_key = record.manifest["seed"], bool(record.visits.flip.any())
     for visits in (record.visits, record.probes):
@@ -71,8 +72,8 @@ def _check_keys(record: Record, num_timesteps: int) -> CheckRow:
             rank = int(visits.rank[i])
             key = visit_key(seed, sample_id, step, rank, seen[rank, step, sample_id])
             seen[rank, step, sample_id] += 1
-            timestep = drawn_timestep(key, num_timesteps)
-            if key != visits.noise_key[i] or timestep != visits.model_time[i]:
+            timestep = process.drawn_timestep(key)
+            if key != visits.noise_key[i] or timestep != visits.timestep[i]:
                 faults.append(f"step {step}, {sample_id}: key or timestep")
             elif drawn_by_key and bool(visits.flip[i]) != drawn_flip(key):
                 faults.append(f"step {step}, {sample_id}: flip")
@@ -119,7 +120,7 @@ def _losses(subject: Subject, model: Any, visits: Visits, device: str, *, tf32: 
         table = subject.replays.table(visits.where(visits.micro_batch == micro_batch))
         batch = make_batch(table, subject.train, subject.process, device=device)
         with torch.no_grad(), autocast(subject.record.manifest["mixed_precision"], device), tensor_float_32(tf32):
-            prediction = predict(model, batch.noisy, batch.timesteps)
+            prediction = predict(model, batch.noisy, batch.times, batch.conditions)
         loss = sample_loss(prediction.float(), batch.target, subject.loss) * batch.loss_weight
         losses.append(loss.cpu().numpy())
     return np.concatenate(losses)

@@ -1,12 +1,13 @@
 """Sampling images from a model, reproducibly: each from the noise of its own key."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float32
 from numpy import ndarray
+from torch import Tensor
 
 from whence.diffusion.adapters import predict
 from whence.diffusion.noise import noise_key, normals_of_keys
@@ -21,6 +22,7 @@ def sample_images(
     steps: int = 50,
     seed: int = 0,
     show_progress: bool = True,
+    conditions: Mapping[str, Tensor] | None = None,
     keep: Callable[[int, Float32[ndarray, "sample channel height width"]], Any] | None = None,
 ) -> Float32[ndarray, "sample channel height width"]:
     """Sample with DDIM (eta = 0), so that an image depends on the model and its noise key alone.
@@ -32,6 +34,7 @@ def sample_images(
         steps: Denoising steps.
         seed: Seed of the noise.
         show_progress: Show a progress bar.
+        conditions: What a conditional model is told, one row for each sample.
         keep: Called at each step with its timestep and what the sampler takes the images to be, clipped to [-1, 1].
 
     Returns:
@@ -48,7 +51,7 @@ def sample_images(
     images = torch.from_numpy(normals_of_keys(keys, shape)).to(model.device)
     with torch.no_grad(), progress_bar("sample", steps, "step", shown=show_progress) as bar:
         for timestep in ddim.timesteps:
-            noise = predict(model, images, timestep.expand(len(ids)).to(model.device))
+            noise = predict(model, images, timestep.expand(len(ids)).to(model.device), conditions)
             made = ddim.step(noise, timestep, images, eta=0.0)
             images = made.prev_sample
             if keep is not None:

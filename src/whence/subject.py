@@ -6,9 +6,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from whence.checkpoints import Checkpoint, check_files, load_model, load_scheduler
-from whence.config import GradientSettings, LossName
+from whence.config import GradientSettings, LossName, ObjectiveSettings
 from whence.data import ImageData
-from whence.diffusion.adapters import check_model
+from whence.diffusion.adapters import channels_of, check_model, needed_conditions
 from whence.diffusion.process import NoiseProcess
 from whence.errors import CheckpointError
 from whence.event_table import Replays
@@ -26,11 +26,13 @@ class Subject:
     """None for models that whence did not train; then the training side is taken on a grid."""
     loss: LossName
     allow_pickle: bool = False
+    objective: ObjectiveSettings = ObjectiveSettings()
+    """What training added to noise and loss."""
 
     @cached_property
     def process(self) -> NoiseProcess:
-        """The noising process of the last checkpoint."""
-        return NoiseProcess.from_scheduler(load_scheduler(self.checkpoints[-1]))
+        """The noising process of the last checkpoint, with what training added to it."""
+        return NoiseProcess.from_scheduler(load_scheduler(self.checkpoints[-1]), self.objective)
 
     def used_checkpoints(self, which: Literal["all", "last"]) -> list[Checkpoint]:
         """Give the checkpoints that a method or store takes gradients at."""
@@ -87,7 +89,7 @@ class Subject:
             dtype=settings.dtype,
         )
         check_model(model)
-        _check_image_size(model.config, self.train, checkpoint)
+        check_inputs(model, self.train, str(checkpoint.folder))
         return GradientSource(
             model,
             self.process,
@@ -101,16 +103,38 @@ class Subject:
         )
 
 
-def _check_image_size(config: Any, images: ImageData, checkpoint: Checkpoint) -> None:
-    size = config.sample_size
-    if config.in_channels != images.channels:
+def check_inputs(model: Any, images: ImageData, where: str) -> None:
+    """Refuse images that a network cannot take: of another size, or without the conditions it is told.
+
+    Args:
+        model: The network.
+        images: Training images or queries, encoded where the network asks for it.
+        where: The checkpoint, for messages.
+
+    Raises:
+        CheckpointError: The message says what the network takes and what the images have.
+    """
+    given = images.conditions([0])
+    lacking = [name for name in needed_conditions(model) if name not in given]
+    if lacking:
         raise CheckpointError(
-            f"The model in {checkpoint.folder} takes {config.in_channels} channels; the training images have "
-            f"{images.channels}."
+            f"The {type(model).__name__} in {where} is told {', '.join(lacking)} of each image; {images.source} comes "
+            f"with {', '.join(given) or 'nothing but pixels'}. Give captions or labels with the images, and the whole "
+            "pipeline folder with its text encoders."
         )
-    want = tuple(size) if isinstance(size, list | tuple) else (size, size)
-    if size is not None and want != (images.height, images.width):
+    channels, height, width = images.input_shape
+    encoded = images.encoding is not None and images.encoding.latents is not None
+    kind = "their latents have" if encoded else "the training images have"
+    of_noised = channels_of(model)
+    if of_noised != channels:
         raise CheckpointError(
-            f"The model in {checkpoint.folder} was made for {want[0]} x {want[1]} pixels; the training images have "
-            f"{images.height} x {images.width}. Give --resolution."
+            f"The model in {where} takes {of_noised} channels; {kind} {channels}. Where it was trained on latents, "
+            "give the pipeline folder with its VAE."
+        )
+    size = getattr(model.config, "sample_size", None)
+    want = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if size is not None and not encoded and want != (height, width):
+        raise CheckpointError(
+            f"The model in {where} was made for {want[0]} x {want[1]} pixels; the training images have "
+            f"{height} x {width}. Give --resolution."
         )

@@ -26,6 +26,7 @@ from whence.diffusion.noise import keyed_order
 from whence.diffusion.objectives import sample_loss
 from whence.diffusion.process import NoiseProcess
 from whence.errors import CheckpointError, ConfigError, RecordError
+from whence.event_table import conditions_of
 from whence.precision import autocast
 from whence.progress import progress_bar
 from whence.recorder import Recorder
@@ -293,12 +294,14 @@ class _Loop:
 
     def _losses(self, rows: Tensor) -> Float[Tensor, " event"]:
         ids = [self.data.ids[row] for row in rows.tolist()]
-        clean = torch.from_numpy(self.data.pixels(rows.tolist())).to(self.device)
+        clean = torch.from_numpy(self.data.inputs(rows.tolist())).to(self.device)
+        conditions = conditions_of(self.data, rows.tolist(), device=self.device)
         if self.settings.random_flip:
             clean = self.recorder.flip(ids, clean)
         noise, timesteps = self.recorder.draw(ids, like=clean)
         with autocast(self.settings.mixed_precision, self.device):
-            prediction = predict(self.model, self.process.add_noise(clean, noise, timesteps), timesteps)
+            noisy = self.process.add_noise(clean, noise, timesteps)
+            prediction = predict(self.model, noisy, self.process.times(timesteps), conditions)
         return sample_loss(prediction.float(), self.process.target(clean, noise, timesteps), self.settings.loss)
 
     def _rows_of_step(self, step: int) -> Tensor:

@@ -1,33 +1,217 @@
-"""How a ``diffusers`` model is called. No other module knows whose network it is."""
+"""How a ``diffusers`` network is called. No other module knows whose network it is.
 
+Noisy images or latents, the scheduler's times and conditions by name go in; what comes out has the shape of what was
+noised. Conditions bear the names that the network's ``forward`` gives them, those of ``added_cond_kwargs`` included.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from whence.errors import UnsupportedModelError
 
-SUPPORTED = ("UNet2DModel",)
+Network = Any
+"""A ``ModelMixin`` of ``diffusers``, perhaps with adapters of ``peft`` in it."""
+
+Given = Mapping[str, Tensor]
+"""Conditions by name, one row for each event."""
 
 
-def check_model(model: Any) -> None:
-    """Refuse a model that :func:`predict` does not know how to call.
+@dataclass(frozen=True)
+class Adapter:
+    """How networks of one class are called."""
 
-    Raises:
-        UnsupportedModelError: If the class is not one of ``SUPPORTED``, or the model takes class labels.
-    """
-    name = type(model).__name__
-    if name not in SUPPORTED:
-        raise UnsupportedModelError(f"whence calls models of class {', '.join(SUPPORTED)}; found {name}.")
-    if getattr(model, "class_embedding", None) is not None:
-        raise UnsupportedModelError(
-            f"This {name} takes class labels (class_embed_type={model.config.class_embed_type!r}, "
-            f"num_class_embeds={model.config.num_class_embeds}); whence handles unconditional models so far."
-        )
+    call: Callable[[Network, Tensor, Tensor, Given], Tensor]
+    """Takes network, noisy, times, conditions; gives the prediction, perhaps with learned variances behind it."""
+    needs: Callable[[Any], tuple[str, ...]]
+    """Names the conditions that a configuration asks for."""
 
 
 def predict(
-    model: Any, noisy: Float[Tensor, "event channel height width"], timesteps: Int[Tensor, " event"]
+    model: Network,
+    noisy: Float[Tensor, "event channel height width"],
+    times: Tensor,
+    conditions: Given | None = None,
 ) -> Float[Tensor, "event channel height width"]:
-    """Run the network on noisy images at their timesteps."""
-    return model(noisy, timesteps, return_dict=False)[0]
+    """Run the network on noisy images or latents.
+
+    Args:
+        model: One of the classes in :data:`ADAPTERS`.
+        noisy: What was noised.
+        times: The scheduler's time of each event.
+        conditions: What the network is told besides.
+
+    Returns:
+        The prediction; learned variances are cut off.
+    """
+    prediction = ADAPTERS[_class_name(model)].call(model, noisy, times, conditions or {})
+    # Some transformers predict variances too, behind the channels of the prediction.
+    return prediction[:, : noisy.shape[1]] if prediction.shape[1] == 2 * noisy.shape[1] else prediction
+
+
+def check_model(model: Network) -> None:
+    """Refuse a network that :func:`predict` does not know how to call.
+
+    Raises:
+        UnsupportedModelError: If the class is not one of :data:`ADAPTERS`, or its configuration has a part that is not
+            known, such as conditions on images.
+    """
+    name = _class_name(model)
+    if name not in ADAPTERS:
+        raise UnsupportedModelError(f"whence calls models of class {', '.join(sorted(ADAPTERS))}; found {name}.")
+    if name == "UNet2DConditionModel":
+        _check_conditional_unet(model.config)
+
+
+def needed_conditions(model: Network) -> tuple[str, ...]:
+    """Name the conditions that a network has to be given; see :func:`check_model`."""
+    return ADAPTERS[_class_name(model)].needs(model.config)
+
+
+def channels_of(model: Network) -> int:
+    """Count the channels of what a network denoises; FLUX sees patches of 2 x 2 latents."""
+    channels = model.config.in_channels
+    return channels // 4 if _class_name(model) == "FluxTransformer2DModel" else channels
+
+
+def _class_name(model: Network) -> str:
+    return type(model).__name__
+
+
+def _check_conditional_unet(config: Any) -> None:
+    faults = [
+        f"{name} = {getattr(config, name)!r}"
+        for name, known in _UNET_KNOWN.items()
+        if getattr(config, name, None) not in known
+    ]
+    if faults:
+        raise UnsupportedModelError(
+            f"This UNet2DConditionModel has {'; '.join(faults)}, which whence cannot call yet. It knows the networks "
+            "of Stable Diffusion 1, 2 and XL."
+        )
+
+
+_UNET_KNOWN: dict[str, tuple[Any, ...]] = {
+    "addition_embed_type": (None, "text_time"),
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "class_embed_type": (None, "timestep", "identity"),
+    "time_cond_proj_dim": (None,),
+}
+
+
+def _call_unet(model: Network, noisy: Tensor, times: Tensor, given: Given) -> Tensor:
+    return model(noisy, times, class_labels=given.get("class_labels"), return_dict=False)[0]
+
+
+def _call_conditional_unet(model: Network, noisy: Tensor, times: Tensor, given: Given) -> Tensor:
+    added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
+    return model(
+        noisy,
+        times,
+        given["encoder_hidden_states"],
+        class_labels=given.get("class_labels"),
+        encoder_attention_mask=given.get("encoder_attention_mask"),
+        added_cond_kwargs=added or None,
+        return_dict=False,
+    )[0]
+
+
+def _call_dit(model: Network, noisy: Tensor, times: Tensor, given: Given) -> Tensor:
+    return model(noisy, timestep=times, class_labels=given["class_labels"], return_dict=False)[0]
+
+
+def _call_sd3(model: Network, noisy: Tensor, times: Tensor, given: Given) -> Tensor:
+    return model(
+        hidden_states=noisy,
+        timestep=times,
+        encoder_hidden_states=given["encoder_hidden_states"],
+        pooled_projections=given["pooled_projections"],
+        return_dict=False,
+    )[0]
+
+
+def _call_flux(model: Network, noisy: Tensor, times: Tensor, given: Given) -> Tensor:
+    """Call with patches of 2 x 2 latents as tokens, as the pipeline and the training scripts do."""
+    count, channels, height, width = noisy.shape
+    patches = noisy.view(count, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    rows, columns = torch.arange(height // 2, device=noisy.device), torch.arange(width // 2, device=noisy.device)
+    places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).view(-1, 2).to(noisy)
+    text = given["encoder_hidden_states"]
+    prediction = model(
+        hidden_states=patches.reshape(count, -1, 4 * channels),
+        timestep=times / 1000,  # the network multiplies it again
+        guidance=given.get("guidance"),
+        pooled_projections=given["pooled_projections"],
+        encoder_hidden_states=text,
+        txt_ids=text.new_zeros(text.shape[1], 3),
+        img_ids=torch.cat([places.new_zeros(len(places), 1), places], dim=1),
+        return_dict=False,
+    )[0]
+    patches = prediction.view(count, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(noisy.shape)
+
+
+def _call_pixart(model: Network, noisy: Tensor, times: Tensor, given: Given) -> Tensor:
+    return model(
+        noisy,
+        encoder_hidden_states=given["encoder_hidden_states"],
+        encoder_attention_mask=given["encoder_attention_mask"],
+        timestep=times,
+        added_cond_kwargs={"resolution": given.get("resolution"), "aspect_ratio": given.get("aspect_ratio")},
+        return_dict=False,
+    )[0]
+
+
+def _call_sana(model: Network, noisy: Tensor, times: Tensor, given: Given) -> Tensor:
+    return model(
+        noisy,
+        encoder_hidden_states=given["encoder_hidden_states"],
+        encoder_attention_mask=given["encoder_attention_mask"],
+        timestep=times,
+        guidance=given.get("guidance"),
+        return_dict=False,
+    )[0]
+
+
+def _needs_of_unet(config: Any) -> tuple[str, ...]:
+    classes = config.class_embed_type is not None or config.num_class_embeds is not None
+    return ("class_labels",) if classes else ()
+
+
+def _needs_of_conditional_unet(config: Any) -> tuple[str, ...]:
+    sdxl = ("text_embeds", "time_ids") if config.addition_embed_type == "text_time" else ()
+    return ("encoder_hidden_states", *sdxl, *_needs_of_unet(config))
+
+
+def _needs_of_flux(config: Any) -> tuple[str, ...]:
+    text = ("encoder_hidden_states", "pooled_projections")
+    return (*text, "guidance") if config.guidance_embeds else text
+
+
+def _needs_of_pixart(config: Any) -> tuple[str, ...]:
+    text = ("encoder_hidden_states", "encoder_attention_mask")
+    # As the network itself decides whether it is told of sizes.
+    sized = config.use_additional_conditions
+    sized = config.sample_size == 128 if sized is None else sized
+    return (*text, "resolution", "aspect_ratio") if sized else text
+
+
+def _needs_of_sana(config: Any) -> tuple[str, ...]:
+    text = ("encoder_hidden_states", "encoder_attention_mask")
+    return (*text, "guidance") if getattr(config, "guidance_embeds", False) else text
+
+
+ADAPTERS: dict[str, Adapter] = {
+    "UNet2DModel": Adapter(_call_unet, _needs_of_unet),
+    "UNet2DConditionModel": Adapter(_call_conditional_unet, _needs_of_conditional_unet),
+    "DiTTransformer2DModel": Adapter(_call_dit, lambda config: ("class_labels",)),
+    "SD3Transformer2DModel": Adapter(_call_sd3, lambda config: ("encoder_hidden_states", "pooled_projections")),
+    "FluxTransformer2DModel": Adapter(_call_flux, _needs_of_flux),
+    "PixArtTransformer2DModel": Adapter(_call_pixart, _needs_of_pixart),
+    "SanaTransformer2DModel": Adapter(_call_sana, _needs_of_sana),
+}
+"""By class. A further one needs no change elsewhere."""

@@ -5,7 +5,8 @@ Philox 4x64 counter-based generator (Salmon et al. 2011), whose raw words are us
 
     word 0      uniform that gives the timestep of a training visit
     word 1      uniform that gives its flip
-    word 2, 3   spare uniforms
+    word 2      second uniform of a timestep that is not drawn uniformly
+    word 3      spare
     word 4...   pairs of uniforms, each pair two normals by the Box-Muller transform in float64, rounded to float32
 
 Only the generator's *raw* words are used: NumPy promises never to change them, while it may change how it makes normals
@@ -56,13 +57,19 @@ def noise_key(
 
 
 def scalar_draws(key: int) -> Float64[ndarray, " scalar"]:
-    """Give the four uniforms in [0, 1) that go with a key: timestep, flip, and two spare ones."""
+    """Give the four uniforms in [0, 1) that go with a key: timestep, flip, again timestep, and a spare one."""
     return _uniforms(key, _NUM_SCALARS)
 
 
 def drawn_timestep(key: int, num_timesteps: int) -> int:
     """Give the timestep in 0..num_timesteps-1 that a key draws, uniformly."""
     return int(scalar_draws(key)[0] * num_timesteps)
+
+
+def derived_key(key: int, purpose: Literal["offset", "perturbation", "posterior"]) -> int:
+    """Name a second draw of the same event: the shift of its noise, its input perturbation, its sample of a VAE."""
+    digest = hashlib.blake2b(f"{int(key)} {purpose}".encode(), digest_size=8, person=b"whence-noise-2").digest()
+    return int.from_bytes(digest, "little")
 
 
 def drawn_flip(key: int) -> bool:
@@ -101,6 +108,25 @@ def normals_of_keys(
     """Draw one sample's noise for each key and stack them along a new first axis."""
     noise = [normals(int(key), shape) for key in keys]
     return np.stack(noise) if noise else np.empty((0, *shape), np.float32)
+
+
+def draw_latents(
+    mean: Float32[ndarray, "event *shape"],
+    deviation: Float32[ndarray, "event *shape"],
+    keys: Iterable[int] | UInt64[ndarray, " event"],
+) -> Float32[ndarray, "event *shape"]:
+    """Draw from normal distributions, such as the posterior of a VAE, by the noise keys of the events.
+
+    Args:
+        mean: Mean of each number.
+        deviation: Its standard deviation.
+        keys: Noise keys; what is drawn has nothing in common with their noise.
+
+    Returns:
+        float32.
+    """
+    drawn = normals_of_keys([derived_key(int(key), "posterior") for key in keys], mean.shape[1:])
+    return (mean + deviation * drawn).astype(np.float32)
 
 
 def keyed_order(seed: int, position: int, num_items: int) -> ndarray:

@@ -106,12 +106,14 @@ def bound_weights(process: NoiseProcess, bound: BoundName) -> Float[Tensor, " ti
 
     Returns:
         Weights in float64; the sum over timesteps of weight x squared error is in nats. Infinite where a schedule ends
-        without signal and the model predicts noise.
+        without signal and the model predicts noise, and for flow matching and EDM, which have no such bound.
 
     Raises:
         ConfigError: If the bound is unknown.
     """
     check_choice("bound", bound, BoundName)
+    if process.prediction_type in ("flow", "edm"):
+        return torch.full_like(process.alpha, torch.inf)
     signal, noise = process.alpha.square(), process.sigma.square()
     signal_before = torch.cat([torch.ones_like(signal[:1]), signal[:-1]])
     noise_before = torch.cat([torch.zeros_like(noise[:1]), noise[:-1]])
