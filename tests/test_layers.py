@@ -45,6 +45,8 @@ LAYER_OF = {
     "ensembles": "artifacts",
     "ground_truth": "artifacts",
     "checkpoints": "checkpoints",
+    "lora": "checkpoints",
+    "_model_files": "checkpoints",
     # stages: loops that turn one artifact into the next
     "training": "stages",
     "recorder": "stages",
