@@ -80,7 +80,8 @@ class RunFolder:
     @cached_property
     def checkpoints(self) -> list[Checkpoint]:
         """Checkpoints of the model."""
-        return list_checkpoints(self.model)
+        base = None if self.conditioning.base is None else Path(self.conditioning.base)
+        return list_checkpoints(self.model, base=base, lora_alpha=self.conditioning.lora_alpha)
 
     @cached_property
     def subject(self) -> Subject:

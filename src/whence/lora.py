@@ -23,7 +23,7 @@ from whence._model_files import read_header, read_json, read_tensors
 from whence.errors import CheckpointError, NumericsError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 NETWORKS = ("unet", "transformer")
 """Folders of a pipeline, or of a checkpoint, in which the network lies that denoises."""
@@ -340,7 +340,9 @@ def _check_settings(lora: LoraFiles, ranks: dict[str, int], default: Any) -> dic
             continue
         if key == "init_lora_weights":
             if value not in _PLAIN_STARTS:
-                faults.append(f"init_lora_weights {value!r} (it changed the base, which is to be saved with the change)")
+                faults.append(
+                    f"init_lora_weights {value!r} (it changed the base, which is to be saved with the change)"
+                )
         elif key != "bias" or value != "none":
             if not hasattr(default, key) or value != getattr(default, key):
                 faults.append(f"{key} {value!r}")
