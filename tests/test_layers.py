@@ -50,6 +50,8 @@ LAYER_OF = {
     "sampling": "stages",
     "replay_check": "stages",
     "subject": "stages",
+    "model_making": "stages",
+    "words": "stages",
     "precision": "stages",
     "workload": "stages",
     "memory": "stages",

@@ -3,8 +3,9 @@
 import json as jsonlib
 import sys
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from whence._cli_options import Flat, given
 from whence._cli_printing import print_table
@@ -47,7 +48,7 @@ def train(
     device: str = "cpu",
     json: bool = False,
 ) -> None:
-    """Train a diffusers UNet2DModel with an exact record, or go on with a training that was interrupted.
+    """Train a diffusers U-Net with an exact record, or go on with a training that was interrupted.
 
     Args:
         data: Training images: a folder, a parquet file, a folder of datasets.save_to_disk, or demo.
@@ -71,6 +72,8 @@ def sample(
     /,
     *,
     count: int = 4,
+    prompt: Annotated[tuple[str, ...], UseAppendAction] = (),
+    guidance_scale: float = 1.0,
     steps: int = 50,
     seed: int = 0,
     trajectory: bool = False,
@@ -84,7 +87,9 @@ def sample(
 
     Args:
         model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
-        count: Images to sample.
+        count: Images to sample; of each prompt, where there are some.
+        prompt: Caption, or label, of a model that is told these; given again for each further one.
+        guidance_scale: Scale of classifier-free guidance; 1 is the model's own prediction.
         steps: Denoising steps.
         seed: Seed of the noise.
         trajectory: Also keep what the sampler took each image to be at each step, as journey-trak needs it.
@@ -97,7 +102,9 @@ def sample(
     from whence.opening import open_run
 
     run = open_run(model, data=data, data_settings=given(data_settings), out=out, allow_pickle=allow_pickle)
-    path = run.sample(count, steps=steps, seed=seed, trajectory=trajectory)
+    path = run.sample(
+        count, prompts=prompt, guidance_scale=guidance_scale, steps=steps, seed=seed, trajectory=trajectory
+    )
     print(jsonlib.dumps({"images": str(path)}) if json else path)
 
 

@@ -86,14 +86,19 @@ class ImageData:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over every id and what the model sees of it, in order; what a model is not shown does not count."""
-        if self.encoding is None:
-            return fingerprint_of(self.ids, self.hashes)
-        return fingerprint_of(self.ids, map("".join, zip(self.hashes, self.encoding.hashes, strict=True)))
+        return fingerprint_of(self.ids, self.seen_hashes)
 
     @cached_property
     def hashes(self) -> tuple[str, ...]:
         """Hash of the pixels of each image, as the model sees them."""
         return tuple(source.hashes[k] for source, k in self._entries)
+
+    @cached_property
+    def seen_hashes(self) -> tuple[str, ...]:
+        """Hash of all that the model sees of each image: pixels, and what it is told."""
+        if self.encoding is None:
+            return self.hashes
+        return tuple(map("".join, zip(self.hashes, self.encoding.hashes, strict=True)))
 
     @cached_property
     def conversions(self) -> dict[str, int]:
@@ -439,6 +444,7 @@ def save_arrays(
     ids: Iterable[Any],
     labels: Iterable[Any] | None = None,
     trajectories: Trajectories | None = None,
+    captions: Iterable[Any] | None = None,
 ) -> None:
     """Write float images so that ``open_images`` gives the same values; the same images make the same bytes.
 
@@ -448,6 +454,7 @@ def save_arrays(
         ids: As in ``ImageData.from_arrays``.
         labels: As in ``ImageData.from_arrays``.
         trajectories: How a sampler came to the images.
+        captions: As in ``ImageData.from_arrays``.
 
     Raises:
         DataError: If the suffix is another one, or pixels or ids cannot be used.
@@ -455,9 +462,10 @@ def save_arrays(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise DataError(f"{path} must end in .safetensors, by which open_images knows the format.")
-    data = ImageData.from_arrays(pixels, ids, labels, source=str(path))
+    data = ImageData.from_arrays(pixels, ids, labels, captions, source=str(path))
     # One entry, because the order of several differs from one writing to the next.
     about: dict[str, Any] = {"format_version": FORMAT_VERSION, "ids": data.ids, "labels": data.labels}
+    about |= {} if data.captions is None else {"captions": data.captions}
     arrays = {"images": data.pixels(range(len(data)))}
     if trajectories is not None:
         _check_frames(trajectories, data)
@@ -472,7 +480,7 @@ def _open_arrays(path: Path, settings: DataSettings, source: str) -> ImageData:
         with safe_open(path, framework="numpy") as file:
             pixels, entry = file.get_tensor("images"), json.loads((file.metadata() or {})["whence"])
             version, ids, labels = entry["format_version"], entry["ids"], entry["labels"]
-            steps = entry.get("trajectories")
+            captions, steps = entry.get("captions"), entry.get("trajectories")
             frames = None if steps is None else file.get_tensor("frames")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -484,7 +492,7 @@ def _open_arrays(path: Path, settings: DataSettings, source: str) -> ImageData:
             f"{source} has format version {version}; this version of whence reads {FORMAT_VERSION}. Open it with the "
             "version that wrote it."
         )
-    data = ImageData.from_arrays(pixels, ids, labels, source=source)
+    data = ImageData.from_arrays(pixels, ids, labels, captions, source=source)
     side = settings.resolution
     if side not in (None, data.height) or side not in (None, data.width) or (settings.grey and data.channels == 3):
         raise DataError(

@@ -106,7 +106,8 @@ def train_run(
         # Only now is it known that the settings can be met, and are those of a record that is there already.
         on_start=lambda: write_config(run),
     )
-    return run
+    # Its images were opened before it was known what the model is told of them.
+    return run if model_settings is None or model_settings.condition == "none" else replace(run)
 
 
 def _known_run(
