@@ -108,6 +108,7 @@ LAYER_OF = {
     "_run_config": "pipeline",
     "opening": "pipeline",
     "demo": "pipeline",
+    "text_demo": "pipeline",
     "cli": "cli",
     "_cli_evaluation": "cli",
     "_cli_evidence": "cli",

@@ -13,11 +13,12 @@ from whence.config import DataSettings, LossName, ModelSettings, TrainingSetting
 
 
 def demo(
-    out: Path = Path("whence-demo"),
+    out: Path | None = None,
     *,
+    text: bool = False,
     fresh: bool = False,
     seed: int = 0,
-    loss: LossName = "l1",
+    loss: LossName | None = None,
     json: bool = False,
 ) -> None:
     """Train a small model on bundled images, find what its images came from, and write a page about it.
@@ -25,15 +26,21 @@ def demo(
     Takes some minutes on two CPU cores. Run again, it uses what is there.
 
     Args:
-        out: Folder of the run.
+        out: Folder of the run. Default: whence-demo, or whence-text-demo with --text.
+        text: Train a text-to-image model on captioned emoji in four styles, and trace what it draws for some prompts.
         fresh: Remove an earlier demo in that folder and start over.
         seed: Seed of training.
-        loss: Training loss.
+        loss: Training loss. Default: l1, or mse with --text.
         json: Print the table as JSON.
     """
-    from whence.demo import run_demo
+    if text:
+        from whence.text_demo import run_text_demo
 
-    _, page, table = run_demo(out, fresh=fresh, seed=seed, loss=loss)
+        _, page, table = run_text_demo(out or Path("whence-text-demo"), fresh=fresh, seed=seed, loss=loss or "mse")
+    else:
+        from whence.demo import run_demo
+
+        _, page, table = run_demo(out or Path("whence-demo"), fresh=fresh, seed=seed, loss=loss or "l1")
     print_table(table["columns"], table["rows"], json, page=str(page), notes=table["notes"])
 
 

@@ -362,7 +362,7 @@ def open_images(source: str | Path, settings: DataSettings = _AS_THEY_ARE) -> Im
     - A .parquet file, or a folder of such files, with a column of images.
     - A folder written by ``save_to_disk`` of Hugging Face ``datasets``.
     - A .safetensors file written by ``save_arrays``; its values are kept exactly, and so are trajectories in it.
-    - "demo" and "demo-queries": images that come with whence.
+    - "demo", "demo-queries", "demo-styles" and "demo-styles-queries": images that come with whence.
 
     Of several splits the one named train is taken. A table without an id column has the ids row-0000000 and so on.
 
