@@ -208,7 +208,7 @@ def test_a_label_model_needs_labels_and_a_word_model_captions(tmp_path):
 def test_scores_are_those_of_autograd(kind, request, tmp_path):
     """TracIn at the last checkpoint, event by event, with the conditions that each visit had."""
     run = request.getfixturevalue(kind)
-    queries = run.encoded(captioned(2, "query", seed=1))
+    queries = run.open_queries(captioned(2, "query", seed=1))
     scores = run.trace(queries, "tracin", timesteps=2, draws=2, show_progress=False)["tracin"]
     process, total = run.subject.process, np.zeros_like(scores.values, dtype=np.float64)
     for checkpoint in run.subject.checkpoints:
@@ -249,7 +249,7 @@ def test_an_index_tells_captions_apart(words_run):
     from whence.indexing import content_hashes
 
     one, other = (
-        words_run.encoded(replace(captioned(2), captions=texts)) for texts in (("red", "cat"), ("red", "dog"))
+        words_run.open_queries(replace(captioned(2), captions=texts)) for texts in (("red", "cat"), ("red", "dog"))
     )
     found = [content_hashes(images) for images in (one, other)]
     assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
@@ -346,7 +346,7 @@ def test_models_are_retrained_with_their_captions(kind, request, tmp_path):
     run = request.getfixturevalue(kind)
     queries = save(tmp_path / "queries.safetensors", captioned(2, "query", seed=1))
     truth = run.retrain(
-        {"held": queries}, subsets=2, seeds=(0,), timesteps=2, draws=1, keep_models=True, epochs=1, show_progress=False
+        {"held": queries}, subsets=2, seeds=(0,), timesteps=2, draws=2, keep_models=True, epochs=1, show_progress=False
     )
     assert truth.output("loss").shape[:2] == (2, 1) and np.isfinite(truth.output("loss")).all()
     models = sorted(run.folder.glob("retraining/*/models/subset-*"))

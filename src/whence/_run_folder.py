@@ -15,10 +15,18 @@ from torch import Tensor
 
 from whence._files import sha256_of_json, write_json
 from whence.arguments import BUNDLED, Images, parts, sources
-from whence.checkpoints import list_checkpoints, load_model, load_scheduler
-from whence.config import DataSettings, LossName, QuerySettings, TraceSettings
+from whence.checkpoints import Checkpoint, list_checkpoints, load_model, load_scheduler
+from whence.config import (
+    ConditioningSettings,
+    DataSettings,
+    LossName,
+    ObjectiveSettings,
+    QuerySettings,
+    TraceSettings,
+)
 from whence.data import ImageData, concatenate, open_images, save_arrays
-from whence.errors import CheckpointError, ConfigError, DataError, RecordError, ScoresError
+from whence.encoding import Encoding, find_encoding
+from whence.errors import ConfigError, DataError, RecordError, ScoresError
 from whence.event_table import EventBatch, EventTable, grid_events, make_batch
 from whence.methods import GradientPlan, Grid, Trajectory
 from whence.record import Record, read_manifest
@@ -41,30 +49,25 @@ class RunFolder:
     """Where the checkpoints are: the run itself, or a folder of someone else's."""
     loss: LossName
     allow_pickle: bool = False
+    conditioning: ConditioningSettings = ConditioningSettings()
+    """Where latents and conditions come from."""
+    objective: ObjectiveSettings | None = None
+    """What a foreign training added to noise and loss; a record knows its own."""
 
     @cached_property
     def train_images(self) -> ImageData:
-        """The training images."""
+        """The training images, encoded where the network sees latents or is told conditions."""
+        return self._encoded(self.opened_images)
+
+    @cached_property
+    def opened_images(self) -> ImageData:
+        """The training images as they are in their source."""
         try:
-            return self.encoded(open_images(self.data_source, self.data_settings))
+            return open_images(self.data_source, self.data_settings)
         except DataError as error:
             if Path(self.data_source).exists() or self.data_source in BUNDLED:
                 raise
             raise DataError(f"{error} If the images were moved, say with --data where they are now.") from error
-
-    def encoded(self, images: ImageData) -> ImageData:
-        """Put captions or labels beside images in the form in which the run's model is told them."""
-        encoder = self._encoder
-        return images if encoder is None or images.encoding is not None else encode_images(images, encoder)
-
-    @cached_property
-    def _encoder(self) -> WordEncoder | ClassEncoder | None:
-        """What the last checkpoint's model is told."""
-        try:
-            last = list_checkpoints(self.model)[-1]
-        except CheckpointError:  # before training; or the subject will raise it again
-            return None
-        return encoder_of(last.folder)
 
     @cached_property
     def record(self) -> Record | None:
@@ -78,19 +81,42 @@ class RunFolder:
         return Record.open(folder) if folder.exists() else None
 
     @cached_property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Checkpoints of the model."""
+        base = None if self.conditioning.base is None else Path(self.conditioning.base)
+        return list_checkpoints(self.model, base=base, lora_alpha=self.conditioning.lora_alpha)
+
+    @cached_property
     def subject(self) -> Subject:
         """What is traced."""
-        return Subject(list_checkpoints(self.model), self.train_images, self.record, self.loss, self.allow_pickle)
+        recorded = self.record and self.record.manifest.get("objective")
+        objective = ObjectiveSettings(**recorded) if recorded else self.objective or ObjectiveSettings()
+        return Subject(self.checkpoints, self.train_images, self.record, self.loss, self.allow_pickle, objective)
+
+    @cached_property
+    def encoding(self) -> Encoding | None:
+        """How images are encoded; None where the network sees pixels and is told nothing."""
+        return find_encoding(self.checkpoints[-1], self.opened_images, self.record, self.conditioning)
+
+    @cached_property
+    def _own_encoder(self) -> WordEncoder | ClassEncoder | None:
+        """What a model of whence's own is told."""
+        return encoder_of(self.checkpoints[-1].folder)
+
+    def _encoded(self, images: ImageData) -> ImageData:
+        if self._own_encoder is not None:
+            return encode_images(images, self._own_encoder)
+        return images if self.encoding is None else self.encoding.encode(images, self.folder / "cache")
 
     def open_queries(self, queries: Images) -> ImageData:
-        """Open query images and read them at the size of the training images."""
+        """Open query images, read them at the size of the training images, and encode them as those are."""
         given = parts(queries)
         if not given:
             raise ConfigError("Give at least one query image.")
         columns = dict.fromkeys(("image_column", "id_column", "label_column", "caption_column"))
         settings = replace(self.data_settings, **columns)
-        opened = [p if isinstance(p, ImageData) else open_images(p, settings) for p in given]
-        return concatenate([self.encoded(images) for images in opened])
+        opened = concatenate([p if isinstance(p, ImageData) else open_images(p, settings) for p in given])
+        return opened if opened.encoding is not None else self._encoded(opened)
 
     def load_scores(self, queries: ImageData | None = None) -> tuple[list[Scores], ImageData, dict[str, Any]]:
         """Load what was traced last: scores, queries, settings.
@@ -174,7 +200,7 @@ class RunFolder:
         last = self.subject.checkpoints[-1]
         self._check_prompts(prompts)
         name = f"ddim{steps}-{count}-seed{seed}-step{last.step}-{last.content_hash()[:8]}"
-        if self._encoder is not None:
+        if self._own_encoder is not None:
             name += f"-{sha256_of_json([prompts, guidance_scale])[:8]}"
         path = self.folder / "generated" / f"{name}{'-trajectory' if trajectory else ''}.safetensors"
         if not path.exists():
@@ -196,30 +222,30 @@ class RunFolder:
             about = {"checkpoint_step": last.step, "checkpoint_sha256": last.content_hash()}
             about |= {"sampler": "ddim", "eta": 0.0, "steps": steps, "seed": seed}
             each = [about] * len(texts)
-            if self._encoder is not None:
+            if self._own_encoder is not None:
                 each = [about | {"guidance_scale": guidance_scale, "prompt": text} for text in texts]
             timesteps = tuple(sorted(frames))
             kept = [frames[t] for t in timesteps]
             path_taken = Trajectories(np.stack(kept, axis=1), timesteps, tuple(each)) if trajectory else None
-            labels = texts if isinstance(self._encoder, ClassEncoder) else ["generated"] * len(texts)
-            captions = texts if self._encoder is not None else None
+            labels = texts if isinstance(self._own_encoder, ClassEncoder) else ["generated"] * len(texts)
+            captions = texts if self._own_encoder is not None else None
             save_arrays(path, images, ids, labels, path_taken, captions)
         return path
 
     def _check_prompts(self, prompts: Sequence[str]) -> None:
-        if prompts and self._encoder is None:
+        if prompts and self._own_encoder is None:
             raise ConfigError(
                 "The model is told nothing but the noisy image, so it cannot be given a prompt. Train one with "
                 "--condition words or label."
             )
-        if not prompts and self._encoder is not None:
-            kind = "labels" if isinstance(self._encoder, ClassEncoder) else "captions"
+        if not prompts and self._own_encoder is not None:
+            kind = "labels" if isinstance(self._own_encoder, ClassEncoder) else "captions"
             raise ConfigError(f"The model is told {kind}; give at least one with --prompt ('' for none).")
 
     def _told(self, texts: Sequence[str]) -> dict[str, Tensor] | None:
-        if self._encoder is None:
+        if self._own_encoder is None:
             return None
-        return {name: torch.from_numpy(values) for name, values in self._encoder.encode(texts).items()}
+        return {name: torch.from_numpy(values) for name, values in self._own_encoder.encode(texts).items()}
 
     def check(self, *, device: str = "cpu") -> list[CheckRow]:
         """Compare the record with itself and with the checkpoints; see :mod:`whence.replay_check`.
