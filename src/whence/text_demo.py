@@ -33,20 +33,28 @@ MODEL = ModelSettings(
     condition="words",
     caption_words=8,
 )
-TRACE = TraceSettings(timesteps=16, draws=4)
+TRACE = TraceSettings(timesteps=10, draws=4)
 METHODS = ("tracin", "retrac", "grad-cos", "pixels", "random")
-GUIDANCE_SCALE = 2.0
 PROMPTS = (
-    "cat face, noto style",
-    "rocket, twemoji style",
+    "hamburger, twemoji style",
     "red heart, fluent style",
+    "panda, noto style",
+    "sunflower, fluent style",
+    "rocket, twemoji style",
+    "frog, openmoji style",
+    "cat face, twemoji style",
+    "balloon, noto style",
+    # Training never saw these pairs of name and style.
+    "cat face, noto style",
+    "red apple, fluent style",
     "tulip, openmoji style",
+    "carrot, twemoji style",
 )
 BEST = "best possible"
 """Name of the row of a ranking that puts first all that it should."""
 
 
-def training_settings(loss: LossName, seed: int, *, epochs: int = 300) -> TrainingSettings:
+def training_settings(loss: LossName, seed: int, *, epochs: int = 220) -> TrainingSettings:
     """Give the demo's training settings."""
     return TrainingSettings(epochs=epochs, batch_size=16, checkpoints=4, learning_rate=2e-3, loss=loss, seed=seed)
 
@@ -83,14 +91,14 @@ def run_text_demo(
         settings=training_settings(loss, seed),
         show_progress=show_progress,
     )
-    drawn = run.sample(1, prompts=PROMPTS, guidance_scale=GUIDANCE_SCALE, show_progress=show_progress)
+    drawn = run.sample(1, prompts=PROMPTS, show_progress=show_progress)
     scores = run.trace([drawn, HELD_OUT], METHODS, TRACE, show_progress=show_progress)
     queries = run.open_queries([drawn, HELD_OUT])
     table = factor_table(list(scores.values()), run.train_images, queries)
     table["notes"].append(
         f"The model saw images of {DATA.resolution} x {DATA.resolution} pixels. The first {len(PROMPTS)} queries were "
-        f"drawn by it for the prompt below their picture (guidance {GUIDANCE_SCALE:g}); the others are pictures that "
-        f"it has never seen. Each was taken at {TRACE.timesteps} timesteps x {TRACE.draws} draws; the default of "
+        "drawn by it for the prompt that is their title; the others are pictures that it has never seen. "
+        f"Each was taken at {TRACE.timesteps} timesteps x {TRACE.draws} draws; the default of "
         "whence trace is 100 x 16."
     )
     page = run.report(summary=table)
