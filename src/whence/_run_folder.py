@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from numpy import ndarray
+from torch import Tensor
 
-from whence._files import write_json
+from whence._files import sha256_of_json, write_json
 from whence.arguments import BUNDLED, Images, Queries, parts, sources
 from whence.checkpoints import Checkpoint, list_checkpoints, load_model, load_scheduler
 from whence.config import (
@@ -34,6 +36,7 @@ from whence.sampling import sample_images
 from whence.scores import Scores, TopScores
 from whence.subject import Subject
 from whence.trajectories import Trajectories
+from whence.words import WITHHELD, ClassEncoder, WordEncoder, encode_images, encoder_of
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,14 @@ class RunFolder:
         """How images are encoded; None where the network sees pixels and is told nothing."""
         return find_encoding(self.checkpoints[-1], self.opened_images, self.record, self.conditioning)
 
+    @cached_property
+    def _own_encoder(self) -> WordEncoder | ClassEncoder | None:
+        """What a model of whence's own is told."""
+        return encoder_of(self.checkpoints[-1].folder)
+
     def _encoded(self, images: ImageData) -> ImageData:
+        if self._own_encoder is not None:
+            return encode_images(images, self._own_encoder)
         return images if self.encoding is None else self.encoding.encode(images, self.folder / "cache")
 
     def open_queries(self, queries: Images) -> ImageData:
@@ -163,30 +173,45 @@ class RunFolder:
         return config | ({"training": self.record.manifest["config"]} if self.record else {})
 
     def sample(
-        self, count: int, *, steps: int = 50, seed: int = 0, trajectory: bool = False, show_progress: bool = True
+        self,
+        count: int,
+        *,
+        prompts: Sequence[str] = (),
+        guidance_scale: float = 1.0,
+        steps: int = 50,
+        seed: int = 0,
+        trajectory: bool = False,
+        show_progress: bool = True,
     ) -> Path:
         """Sample images from the last checkpoint into ``generated/``; what is there already is not sampled again.
 
         Args:
-            count: How many.
+            count: How many; of each prompt, where there are some.
+            prompts: Captions or labels, of a model that is told these; the empty one stands for none.
+            guidance_scale: Scale of classifier-free guidance; 1 is the model's own prediction.
             steps: Denoising steps of DDIM.
             seed: Seed of the noise; the k-th image depends on it and k alone.
             trajectory: Also keep what the sampler took each image to be at each step, as journey-trak needs it.
             show_progress: Show a progress bar.
 
         Returns:
-            A file that opens as images, with all its decimals.
+            A file that opens as images, with all its decimals and with the prompts as captions (and labels).
 
         Raises:
-            ConfigError: If ``count`` or ``steps`` is not above 0.
+            ConfigError: If ``count`` or ``steps`` is not above 0, or prompts are missing or are not for this model.
+            DataError: If a prompt has too many words, or is no label of the model.
         """
         if count < 1 or steps < 1:
             raise ConfigError(f"count and steps must be above 0; found {count} and {steps}.")
         last = self.subject.checkpoints[-1]
+        self._check_prompts(prompts)
         name = f"ddim{steps}-{count}-seed{seed}-step{last.step}-{last.content_hash()[:8]}"
+        if self._own_encoder is not None:
+            name += f"-{sha256_of_json([prompts, guidance_scale])[:8]}"
         path = self.folder / "generated" / f"{name}{'-trajectory' if trajectory else ''}.safetensors"
         if not path.exists():
-            ids = [f"generated-{k}" for k in range(count)]
+            texts = [prompt for prompt in prompts or [""] for _ in range(count)]
+            ids = [f"generated-{k}" for k in range(len(texts))]
             frames: dict[int, ndarray] = {}
             images = sample_images(
                 load_model(last, allow_pickle=self.allow_pickle),
@@ -195,15 +220,38 @@ class RunFolder:
                 steps=steps,
                 seed=seed,
                 show_progress=show_progress,
+                conditions=self._told(texts),
+                withheld=self._told([WITHHELD] * len(texts)),
+                guidance_scale=guidance_scale,
                 keep=frames.__setitem__ if trajectory else None,
             )
             about = {"checkpoint_step": last.step, "checkpoint_sha256": last.content_hash()}
             about |= {"sampler": "ddim", "eta": 0.0, "steps": steps, "seed": seed}
+            each = [about] * len(texts)
+            if self._own_encoder is not None:
+                each = [about | {"guidance_scale": guidance_scale, "prompt": text} for text in texts]
             timesteps = tuple(sorted(frames))
             kept = [frames[t] for t in timesteps]
-            path_taken = Trajectories(np.stack(kept, axis=1), timesteps, (about,) * count) if trajectory else None
-            save_arrays(path, images, ids, ["generated"] * count, path_taken)
+            path_taken = Trajectories(np.stack(kept, axis=1), timesteps, tuple(each)) if trajectory else None
+            labels = texts if isinstance(self._own_encoder, ClassEncoder) else ["generated"] * len(texts)
+            captions = texts if self._own_encoder is not None else None
+            save_arrays(path, images, ids, labels, path_taken, captions)
         return path
+
+    def _check_prompts(self, prompts: Sequence[str]) -> None:
+        if prompts and self._own_encoder is None:
+            raise ConfigError(
+                "The model is told nothing but the noisy image, so it cannot be given a prompt. Train one with "
+                "--condition words or label."
+            )
+        if not prompts and self._own_encoder is not None:
+            kind = "labels" if isinstance(self._own_encoder, ClassEncoder) else "captions"
+            raise ConfigError(f"The model is told {kind}; give at least one with --prompt ('' for none).")
+
+    def _told(self, texts: Sequence[str]) -> dict[str, Tensor] | None:
+        if self._own_encoder is None:
+            return None
+        return {name: torch.from_numpy(values) for name, values in self._own_encoder.encode(texts).items()}
 
     def check(self, *, device: str = "cpu") -> list[CheckRow]:
         """Compare the record with itself and with the checkpoints; see :mod:`whence.replay_check`.

@@ -13,7 +13,7 @@ pipeline with ``model_index.json``, a single model folder) open as they are, and
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -407,6 +407,7 @@ def save_checkpoint(
     ema: Any = None,
     resume_tensors: "dict[str, dict[str, Tensor]] | None" = None,
     resume_state: dict[str, Any] | None = None,
+    files: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Write ``folder/checkpoint-<step>``, which appears whole or not at all.
 
@@ -418,6 +419,7 @@ def save_checkpoint(
         ema: A ``diffusers.training_utils.EMAModel``, where one is kept.
         resume_tensors: Safetensors files to put into ``resume/``, by their stem.
         resume_state: Plain data to put into ``resume/state.json``.
+        files: Plain data to put into JSON files beside the weights, by the names of these.
 
     Returns:
         The checkpoint on disk.
@@ -438,8 +440,10 @@ def save_checkpoint(
             for stem, tensors in (resume_tensors or {}).items():
                 save_file(tensors, partial / "resume" / f"{stem}.safetensors")
             write_json(partial / "resume" / "state.json", resume_state)
-        files = [f for f in sorted(partial.rglob("*")) if f.is_file()]
-        checksums = {f.relative_to(partial).as_posix(): sha256_of_file(f) for f in files}
+        for name, value in (files or {}).items():
+            write_json(partial / name, value)
+        written = [f for f in sorted(partial.rglob("*")) if f.is_file()]
+        checksums = {f.relative_to(partial).as_posix(): sha256_of_file(f) for f in written}
         write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, "step": step, "sha256": checksums})
     checkpoint = _as_checkpoint(target, step)
     assert checkpoint is not None  # save_pretrained has just written its config.json

@@ -43,7 +43,7 @@ from whence._recorder_checks import (
 )
 from whence.checkpoints import Checkpoint, save_checkpoint
 from whence.config import LossName, ObjectiveSettings
-from whence.diffusion.noise import drawn_flip, noise_key
+from whence.diffusion.noise import derived_key, drawn_flip, noise_key, scalar_draws
 from whence.diffusion.process import NoiseProcess
 from whence.errors import InUseError, NumericsError, RecordError
 from whence.record import FORMAT_VERSION, PartWriter, read_manifest
@@ -137,6 +137,26 @@ class Recorder:
         flips = np.array([drawn_flip(key) for key in self._keys(sample_ids)], dtype=bool)
         self._flips[tuple(sample_ids)] = flips
         return flip_where(images, torch.from_numpy(flips))
+
+    def drop(self, ids: Iterable[Any], probability: float) -> Bool[Tensor, " event"]:
+        """Choose, by their keys, the samples whose caption or label is withheld.
+
+        Call it before :meth:`draw` with the same ids, and give it the mask as ``condition_dropped``.
+
+        Args:
+            ids: Stable ids of the samples, in the order of the batch.
+            probability: Share of visits that withhold it.
+
+        Returns:
+            True where it is withheld.
+
+        Raises:
+            RecordError: If an id cannot be one, or the probability is not 0 to 1.
+        """
+        if not 0 <= probability <= 1:
+            raise RecordError(f"The probability of drop() must be 0 to 1; found {probability}.")
+        keys = self._keys(checked_ids(ids))
+        return torch.tensor([bool(scalar_draws(derived_key(key, "dropped"))[0] < probability) for key in keys])
 
     def draw(
         self,
@@ -267,6 +287,7 @@ class Recorder:
         ema: Any = None,
         resume_tensors: dict[str, dict[str, Tensor]] | None = None,
         resume_state: dict[str, Any] | None = None,
+        files: Mapping[str, Any] | None = None,
     ) -> Checkpoint:
         """Close the part and write a checkpoint of the model as it is after the steps so far.
 
@@ -277,6 +298,7 @@ class Recorder:
             ema: A ``diffusers.training_utils.EMAModel``, where one is kept.
             resume_tensors: Safetensors files to put into the checkpoint's ``resume/``, by their stem.
             resume_state: Plain data to put into ``resume/state.json``.
+            files: Plain data to put into JSON files beside the weights, by the names of these.
 
         Returns:
             The checkpoint on disk.
@@ -295,6 +317,7 @@ class Recorder:
             ema=ema,
             resume_tensors=resume_tensors,
             resume_state=resume_state,
+            files=files,
         )
 
     def close_part(self) -> None:
