@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from whence.engine._base import PER_PAIR, PER_PRODUCT, MatrixLayerFactors, add_up, numbers_at_once
+from whence.engine._base import PER_GATHERED, PER_PAIR, PER_PRODUCT, MatrixLayerFactors, add_up, numbers_at_once
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _BACKWARD = torch.ops.aten.convolution_backward.default
@@ -53,6 +53,10 @@ class ConvFactors(MatrixLayerFactors):
     def gram_norm_squared(self) -> Float[Tensor, " unit"]:
         """Compare all pairs of positions: of their patches and of their output gradients."""
         ((image, grads),) = self._factors
+        by_patches, by_pixels = self._gram_costs
+        if by_patches < by_pixels:
+            seen, out = self._patches(image, grads), grads.flatten(2)
+            return ((seen.mT @ seen) * (out.mT @ out)).sum((1, 2))
         image = self._padded(image)
         sizes, num_pixels = image.shape[2:], image[0, 0].numel()
         units_at_once = max(1, numbers_at_once(image.device) // num_pixels**2)
@@ -72,7 +76,8 @@ class ConvFactors(MatrixLayerFactors):
         groups = self.layer.groups
         if inner is None:
             inner = torch.eye(self.layer.weight[0].numel()).to(self.layer.weight)
-        kernel = inner.T.unflatten(1, self.layer.weight.shape[1:]).repeat(groups, *[1] * (len(self._kernel) + 1))
+        kernel = inner.T.unflatten(1, self.layer.weight.shape[1:])
+        kernel = kernel if groups == 1 else kernel.repeat(groups, *[1] * (len(self._kernel) + 1))
         cores = []
         for image, grads in self._factors:
             patches = _CONVOLVE[len(self._kernel)](
@@ -115,19 +120,28 @@ class ConvFactors(MatrixLayerFactors):
 
     @property
     def gram_cost(self) -> float:
-        """Products of pixels with pixels and of positions with positions, and sums over shifted pairs of positions."""
-        ((image, grads), *_) = self._factors
-        if len(image) != self.num_units or self.layer.groups > 1:
+        """Cost of the cheaper of two ways."""
+        if self._factors[0][0].shape[0] != self.num_units or self.layer.groups > 1:
             return inf
+        return min(self._gram_costs)
+
+    @cached_property
+    def _gram_costs(self) -> tuple[float, float]:
+        """Cost of gathering patches and multiplying them, and of multiplying pixels and adding shifted products."""
+        ((image, grads), *_) = self._factors
+        num_channels, num_elements = image.shape[1], prod(self._kernel)
         num_pixels = prod(size + 2 * p for size, p in zip(image.shape[2:], self._padding, strict=True))
-        num_positions = grads[0, 0].numel()
-        products = num_pixels**2 * image.shape[1] + num_positions**2 * grads.shape[1]
-        return PER_PRODUCT * products + PER_PAIR * num_positions**2 * (prod(self._kernel) + 1)
+        num_positions = prod(grads.shape[2:])
+        pairs = num_positions**2
+        by_patches = num_positions * PER_GATHERED + pairs * PER_PRODUCT
+        by_pixels = PER_PRODUCT * num_pixels**2 * num_channels + PER_PAIR * pairs * (num_elements + 1)
+        of_grads = PER_PRODUCT * pairs * grads.shape[1]
+        return by_patches * num_channels * num_elements + of_grads, by_pixels + of_grads
 
     @property
     def outputs_at_once(self) -> int:
         """Outputs in one piece of the weight gradient; all of them where they fall into groups."""
-        return super().outputs_at_once if self.layer.groups == 1 else len(self.layer.weight)
+        return super().outputs_at_once if self.layer.groups == 1 else self._sizes[0]
 
     def _convolve(self, call: int, grads: Float[Tensor, "event out *size2"]) -> Float[Tensor, "unit out inner"]:
         image = self._factors[call][0]

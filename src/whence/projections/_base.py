@@ -118,6 +118,7 @@ class AbstractProjection(ABC):
         self.width = width
         self._sides: dict[str, Sides | None] = {}
         self._num_numbers = {name: math.prod(shape) for name, shape in space.shapes.items()}
+        self._num_left = {name: space.num_left(name) for name in space.shapes}
 
     def add(self, rows: Float[Tensor, "unit width"], name: str, gradients: Float[Tensor, "unit *shape"]) -> None:
         """Add the projection of one parameter's gradients to rows, in place.
@@ -134,7 +135,7 @@ class AbstractProjection(ABC):
         self._check_shapes(rows, name, gradients, self.space.shapes[name])
         gradients, sides = gradients.to(self.space.dtype), self.sides(name)
         left = gradients if sides is None else sides.core(gradients)
-        self._add_flat(rows, name, left.reshape(len(left), self.space.num_left(name)))
+        self._add_flat(rows, name, left.reshape(left.shape[0], self._num_left[name]))
 
     def add_flat(
         self, rows: Float[Tensor, "unit width"], names: Sequence[str], flat: Float[Tensor, "unit number"]
@@ -177,7 +178,7 @@ class AbstractProjection(ABC):
         if shape is None:
             raise ConfigError(f"{name} has no sides in this projection, and so no core. Add its whole gradients.")
         self._check_shapes(rows, name, core, shape)
-        self._add_flat(rows, name, core.to(self.space.dtype).reshape(len(core), self.space.num_left(name)))
+        self._add_flat(rows, name, core.to(self.space.dtype).reshape(core.shape[0], self._num_left[name]))
 
     @abstractmethod
     def _add_flat(self, rows: Float[Tensor, "unit width"], name: str, flat: Float[Tensor, "unit number"]) -> None:
@@ -212,7 +213,7 @@ class AbstractProjection(ABC):
                 f"What is added for {name} must have the shape {shape} for each unit; found "
                 f"{tuple(values.shape[1:])}. Add what belongs to the model that the projection was made for."
             )
-        if rows.shape != (len(values), self.width):
+        if rows.shape != (values.shape[0], self.width):
             raise ConfigError(
                 f"The rows of {len(values)} units must have the shape {(len(values), self.width)}; found "
                 f"{tuple(rows.shape)}. Make them as wide as the projection."

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +64,16 @@ class SketchProjection(AbstractProjection):
         self._sketch.add(rows, name, flat)
 
 
+class _Stretch(NamedTuple):
+    """A part of a fold that falls on consecutive places."""
+
+    fold: int
+    start: int
+    """First place in the rows."""
+    count: int
+    signs: Float[Tensor, " number"]
+
+
 @dataclass(frozen=True)
 class _Folds:
     """Random tables of one parameter."""
@@ -72,15 +83,15 @@ class _Folds:
     width: int
 
     @cached_property
-    def stretches(self) -> list[tuple[int, slice, Float[Tensor, " number"]]]:
-        """Cut each fold in two, up to the end of the rows and on from their beginning: fold, place, signs."""
+    def stretches(self) -> list[_Stretch]:
+        """Cut each fold in two, up to the end of the rows and on from their beginning."""
         found, count = [], len(self.signs)
         for fold, start in enumerate(self.shifts.tolist()):
             first, last = fold * self.width, min((fold + 1) * self.width, count)
             turn = min(first + self.width - start, last)
-            found.append((fold, slice(start, start + turn - first), self.signs[first:turn]))
+            found.append(_Stretch(fold, start, turn - first, self.signs[first:turn]))
             if turn < last:
-                found.append((fold, slice(0, last - turn), self.signs[turn:last]))
+                found.append(_Stretch(fold, 0, last - turn, self.signs[turn:last]))
         return found
 
     def places(self) -> Int64[Tensor, " number"]:
@@ -101,16 +112,16 @@ class FoldSketch:
         """Add the sketch of a parameter's numbers; for one parameter, ``rows`` always have the same width."""
         width = rows.shape[1]
         folds = self._folds(name, flat.shape[1], width)
-        num_gathered = flat.shape[1] // width
-        if num_gathered <= _FOLDS_IN_TURN.get(rows.device.type, _FOLDS_IN_TURN_ELSEWHERE):
-            num_gathered = 0
-        at_once = max(1, _GATHERED_AT_ONCE // max(1, rows.numel()))
-        for first in range(0, num_gathered, at_once):
-            _add_whole_folds(rows, flat, folds, slice(first, min(first + at_once, num_gathered)))
-        stretches = [(place, their_signs) for fold, place, their_signs in folds.stretches if fold >= num_gathered]
-        parts = flat[:, num_gathered * width :].split([len(their_signs) for _, their_signs in stretches], dim=1)
-        for (place, their_signs), part in zip(stretches, parts, strict=True):
-            rows[:, place].addcmul_(part, their_signs)
+        stretches, num_gathered = folds.stretches, flat.shape[1] // width
+        if num_gathered > _FOLDS_IN_TURN.get(rows.device.type, _FOLDS_IN_TURN_ELSEWHERE):
+            at_once = max(1, _GATHERED_AT_ONCE // max(1, rows.numel()))
+            for first in range(0, num_gathered, at_once):
+                _add_whole_folds(rows, flat, folds, slice(first, min(first + at_once, num_gathered)))
+            stretches = [stretch for stretch in stretches if stretch.fold >= num_gathered]
+            flat = flat[:, num_gathered * width :]
+        parts = flat.split_with_sizes([stretch.count for stretch in stretches], dim=1)
+        for stretch, part in zip(stretches, parts, strict=True):
+            rows.narrow(1, stretch.start, stretch.count).addcmul_(part, stretch.signs)
 
     def add_together(
         self, rows: Float[Tensor, "unit width"], counts: Mapping[str, int], flat: Float[Tensor, "unit number"]
