@@ -44,7 +44,10 @@ class ConvFactors(MatrixLayerFactors):
     def weight_rows(self, outputs: slice) -> Float[Tensor, "unit out inner"]:
         """Convolve as the backward pass of training does, each unit in a group of its own; or multiply patches."""
         make = self._gather if self._gathers else self._convolve
-        return add_up([make(call, grads[:, outputs]) for call, (_, grads) in enumerate(self._factors)])
+        all_grads = [grads for _, grads in self._factors]
+        if outputs != slice(0, self.layer.weight.shape[0]):
+            all_grads = [grads[:, outputs] for grads in all_grads]
+        return add_up([make(call, grads) for call, grads in enumerate(all_grads)])
 
     def bias(self) -> Float[Tensor, "unit out"]:
         """Add up the output gradients over positions and calls."""
@@ -55,7 +58,7 @@ class ConvFactors(MatrixLayerFactors):
         ((image, grads),) = self._factors
         by_patches, by_pixels = self._gram_costs
         if by_patches < by_pixels:
-            seen, out = self._patches(image, grads), grads.flatten(2)
+            seen, out = self._all_patches(0), grads.flatten(2)
             return ((seen.mT @ seen) * (out.mT @ out)).sum((1, 2))
         image = self._padded(image)
         sizes, num_pixels = image.shape[2:], image[0, 0].numel()
@@ -116,7 +119,7 @@ class ConvFactors(MatrixLayerFactors):
     @property
     def positions(self) -> int:
         """Positions of a unit, over all calls."""
-        return sum(grads[:, 0].numel() for _, grads in self._factors) // self.num_units
+        return sum(grads.shape[0] * prod(grads.shape[2:]) for _, grads in self._factors) // self.num_units
 
     @property
     def gram_cost(self) -> float:
@@ -189,13 +192,8 @@ class ConvFactors(MatrixLayerFactors):
         """Whether gradients are made of patches: on a GPU always, on a CPU where a unit has few positions."""
         if self.layer.groups > 1:
             return False
-        return self.calls[0][0].device.type != "cpu" or self._is_pointwise or self.layer.weight.shape[0] > self._of_unit
-
-    @cached_property
-    def _of_unit(self) -> int:
-        """Positions of a unit in one call."""
-        ((_, grads), *_) = self._factors
-        return grads[:, 0].numel() // self.num_units
+        few = self.positions < self.layer.weight.shape[0] * len(self.calls)
+        return few or self._is_pointwise or self.calls[0][0].device.type != "cpu"
 
     @cached_property
     def _is_pointwise(self) -> bool:
@@ -212,7 +210,7 @@ class ConvFactors(MatrixLayerFactors):
         axes = zip(image.shape[2:], self._kernel, grads.shape[2:], self.layer.stride, self.layer.dilation, strict=True)
         seen = _pixels_seen(tuple(axes), image.device)
         gathered = image.flatten(2).gather(2, seen.expand(*image.shape[:2], -1))
-        return gathered.view(len(image), -1, grads[0, 0].numel())
+        return gathered.view(image.shape[0], seen.shape[0] // prod(grads.shape[2:]) * image.shape[1], -1)
 
     def _padded(self, image: Float[Tensor, "event in *size"]) -> Float[Tensor, "event in *padded"]:
         """Add what the convolution itself would pad with."""
@@ -222,31 +220,39 @@ class ConvFactors(MatrixLayerFactors):
 
     def _gather(self, call: int, grads: Float[Tensor, "event out *size2"]) -> Float[Tensor, "unit out inner"]:
         """Multiply patches, on a GPU of as many units as fit into memory."""
-        num_events, num_out, num_positions = grads.flatten(2).shape
-        num_inner, members = self.layer.weight[0].numel(), num_events // self.num_units
-        numbers = num_inner * num_positions * members
-        at_once = num_events if grads.device.type == "cpu" else max(1, numbers_at_once(grads.device) // numbers)
-        rows = grads.new_empty(self.num_units, num_out, num_inner)
+        out, members = grads.flatten(2), grads.shape[0] // self.num_units
+        num_inner = prod(self.layer.weight.shape[1:])
+        at_once = max(1, numbers_at_once(grads.device) // (num_inner * out.shape[2] * members))
+        if grads.device.type == "cpu" or at_once >= self.num_units:
+            return self._multiply(out, self._all_patches(call))
+        image, rows = self._factors[call][0], grads.new_empty(self.num_units, out.shape[1], num_inner)
         for start in range(0, self.num_units, at_once):
             units = slice(start, min(start + at_once, self.num_units))
             events = slice(units.start * members, units.stop * members)
-            out, seen = grads[events].flatten(2), self._patches_of(call, events)
-            if members > 1 and num_out * num_inner > (num_out + num_inner) * num_positions:
-                # Fewer numbers are copied if the positions of all members are taken as one.
-                out, seen = (x.unflatten(0, (-1, members)).transpose(1, 2).flatten(2) for x in (out, seen))
-            if len(out) == units.stop - units.start:
-                torch.bmm(out, seen.mT, out=rows[units])
-            else:
-                torch.sum((out @ seen.mT).unflatten(0, (-1, members)), 1, out=rows[units])
+            self._multiply(out[events], self._patches(image[events], grads), into=rows[units])
         return rows
 
-    def _patches_of(self, call: int, events: slice) -> Float[Tensor, "event inner position"]:
-        """Gather patches of some events; those of all are kept, for the next outputs."""
-        image, grads = self._factors[call]
-        if events != slice(0, len(image)):
-            return self._patches(image[events], grads)
+    def _multiply(
+        self,
+        out: Float[Tensor, "event out position"],
+        seen: Float[Tensor, "event inner position"],
+        into: Float[Tensor, "unit out inner"] | None = None,
+    ) -> Float[Tensor, "unit out inner"]:
+        """Multiply output gradients with patches, and add up the members of each unit."""
+        members = self.calls[0][0].shape[0] // self.num_units
+        if members == 1:
+            return torch.bmm(out, seen.mT, out=into)
+        (num_out, num_positions), num_inner = out.shape[1:], seen.shape[1]
+        if num_out * num_inner > (num_out + num_inner) * num_positions:
+            # Fewer numbers are copied if the positions of all members are taken as one.
+            out, seen = (x.unflatten(0, (-1, members)).transpose(1, 2).flatten(2) for x in (out, seen))
+            return torch.bmm(out, seen.mT, out=into)
+        return torch.sum((out @ seen.mT).unflatten(0, (-1, members)), 1, out=into)
+
+    def _all_patches(self, call: int) -> Float[Tensor, "event inner position"]:
+        """Gather the patches of all events, once for all outputs."""
         if call not in self._kept_patches:
-            self._kept_patches[call] = self._patches(image, grads)
+            self._kept_patches[call] = self._patches(*self._factors[call])
         return self._kept_patches[call]
 
     @cached_property

@@ -17,6 +17,8 @@ class LinearFactors(MatrixLayerFactors):
 
     def weight_rows(self, outputs: slice) -> Float[Tensor, "unit out inner"]:
         """Multiply output gradients with inputs, and add up the calls."""
+        if outputs == slice(0, self.layer.out_features):
+            return add_up([torch.bmm(g.mT, a) for a, g in self._factors])
         return add_up([torch.bmm(g[:, :, outputs].mT, a) for a, g in self._factors])
 
     def bias(self) -> Float[Tensor, "unit out"]:
