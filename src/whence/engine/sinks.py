@@ -151,6 +151,8 @@ class ProjectSink(AbstractSink):
     def __init__(self, projection: AbstractProjection, rows: Float[Tensor, "unit width"], *, with_norms: bool = True):
         self.projection = projection
         self.rows = rows.zero_()
+        is_open = projection.open_width > projection.width
+        self._opened = rows.new_zeros(len(rows), projection.open_width) if is_open else self.rows
         self.with_norms = with_norms
         self.norm_squared: Float64[Tensor, " unit"] = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         self._small = _SmallParameters(self._add_flat)
@@ -159,15 +161,17 @@ class ProjectSink(AbstractSink):
         """Add one layer's part."""
         names = self._small.keep(factors, names, self.projection.num_numbers)
         if names:
-            norm_squared = factors.project(self.projection, names, self.rows, with_norms=self.with_norms)
+            norm_squared = factors.project(self.projection, names, self._opened, with_norms=self.with_norms)
             if self.with_norms:
                 self.norm_squared += norm_squared
 
     def finish(self) -> None:
-        """Add the small parameters' part."""
+        """Add the small parameters' part, and give the rows their width."""
         self._small.use_up()
+        if self._opened is not self.rows:
+            self.projection.close(self._opened, self.rows)
 
     def _add_flat(self, names: list[str], flat: Float[Tensor, "unit number"]) -> None:
-        self.projection.add_flat(self.rows, names, flat)
+        self.projection.add_flat(self._opened, names, flat)
         if self.with_norms:
             self.norm_squared += squared_lengths(flat)

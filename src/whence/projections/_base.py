@@ -116,6 +116,8 @@ class AbstractProjection(ABC):
     def __init__(self, space: Space, width: int):
         self.space = space
         self.width = width
+        self.open_width = width
+        """Numbers in an open row, to which parts may be added at less cost until :meth:`close` makes a row of it."""
         self._sides: dict[str, Sides | None] = {}
         self._num_numbers = {name: math.prod(shape) for name, shape in space.shapes.items()}
         self._num_left = {name: space.num_left(name) for name in space.shapes}
@@ -124,7 +126,7 @@ class AbstractProjection(ABC):
         """Add the projection of one parameter's gradients to rows, in place.
 
         Args:
-            rows: What other parameters have added so far, or zeros.
+            rows: What other parameters have added so far, or zeros; open rows are :attr:`open_width` wide.
             name: The parameter.
             gradients: Its whole gradient for each unit.
 
@@ -143,6 +145,12 @@ class AbstractProjection(ABC):
         """Add what :meth:`add` would for the gradients of several parameters, flattened and side by side."""
         for name, gradients in zip(names, flat.split([self.num_numbers(name) for name in names], dim=1), strict=True):
             self.add(rows, name, gradients.unflatten(1, self.space.shapes[canonical_name(name)]))
+
+    def close(self, opened: Float[Tensor, "unit place"], rows: Float[Tensor, "unit width"]) -> None:
+        """Add open rows to rows, and make them zeros."""
+        for start in range(0, self.open_width, self.width):  # what lies beyond the end goes on from the beginning
+            rows += opened[:, start : start + self.width]
+        opened.zero_()
 
     def num_numbers(self, name: str) -> int:
         """Count the numbers of a parameter.
@@ -213,7 +221,7 @@ class AbstractProjection(ABC):
                 f"What is added for {name} must have the shape {shape} for each unit; found "
                 f"{tuple(values.shape[1:])}. Add what belongs to the model that the projection was made for."
             )
-        if rows.shape != (values.shape[0], self.width):
+        if rows.shape[0] != values.shape[0] or rows.shape[1] not in (self.width, self.open_width):
             raise ConfigError(
                 f"The rows of {len(values)} units must have the shape {(len(values), self.width)}; found "
                 f"{tuple(rows.shape)}. Make them as wide as the projection."

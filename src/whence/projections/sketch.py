@@ -47,6 +47,8 @@ class SketchProjection(AbstractProjection):
     def __init__(self, space: Space, width: int):
         super().__init__(space, width)
         self._sketch = FoldSketch(space)
+        if space.device.type == "cpu":  # where each call has its price and there is nothing to gather
+            self.open_width = 2 * width
 
     def add_flat(
         self, rows: Float[Tensor, "unit width"], names: Sequence[str], flat: Float[Tensor, "unit number"]
@@ -58,10 +60,10 @@ class SketchProjection(AbstractProjection):
         else:
             counts = {canonical_name(name): self.num_numbers(name) for name in names}
             self._check_shapes(rows, ", ".join(names), flat, (sum(counts.values()),))
-            self._sketch.add_together(rows, counts, flat.to(self.space.dtype))
+            self._sketch.add_together(rows, counts, flat.to(self.space.dtype), self.width)
 
     def _add_flat(self, rows: Float[Tensor, "unit width"], name: str, flat: Float[Tensor, "unit number"]) -> None:
-        self._sketch.add(rows, name, flat)
+        self._sketch.add(rows, name, flat, self.width)
 
 
 class _Stretch(NamedTuple):
@@ -83,15 +85,22 @@ class _Folds:
     width: int
 
     @cached_property
+    def whole(self) -> list[_Stretch]:
+        """Give the folds as they lie in open rows, where none is cut."""
+        firsts = range(0, len(self.signs), self.width)
+        parts = [self.signs[first : first + self.width] for first in firsts]
+        starts = self.shifts.tolist()
+        return [_Stretch(k, start, len(part), part) for k, (start, part) in enumerate(zip(starts, parts, strict=True))]
+
+    @cached_property
     def stretches(self) -> list[_Stretch]:
         """Cut each fold in two, up to the end of the rows and on from their beginning."""
-        found, count = [], len(self.signs)
-        for fold, start in enumerate(self.shifts.tolist()):
-            first, last = fold * self.width, min((fold + 1) * self.width, count)
-            turn = min(first + self.width - start, last)
-            found.append(_Stretch(fold, start, turn - first, self.signs[first:turn]))
-            if turn < last:
-                found.append(_Stretch(fold, 0, last - turn, self.signs[turn:last]))
+        found = []
+        for fold, start, count, its_signs in self.whole:
+            turn = min(self.width - start, count)
+            found.append(_Stretch(fold, start, turn, its_signs[:turn]))
+            if turn < count:
+                found.append(_Stretch(fold, 0, count - turn, its_signs[turn:]))
         return found
 
     def places(self) -> Int64[Tensor, " number"]:
@@ -108,12 +117,21 @@ class FoldSketch:
         self._tables: dict[str, _Folds] = {}
         self._places: dict[tuple[str, ...], tuple[Float[Tensor, " number"], Int64[Tensor, " number"]]] = {}
 
-    def add(self, rows: Float[Tensor, "unit width"], name: str, flat: Float[Tensor, "unit number"]) -> None:
-        """Add the sketch of a parameter's numbers; for one parameter, ``rows`` always have the same width."""
-        width = rows.shape[1]
+    def add(
+        self, rows: Float[Tensor, "unit place"], name: str, flat: Float[Tensor, "unit number"], width: int
+    ) -> None:
+        """Add the sketch of a parameter's numbers.
+
+        Args:
+            rows: What is added to; open rows are twice as wide as the sketch.
+            name: The parameter.
+            flat: Its numbers.
+            width: Width of the sketch, for one parameter always the same.
+        """
         folds = self._folds(name, flat.shape[1], width)
-        stretches, num_gathered = folds.stretches, flat.shape[1] // width
-        if num_gathered > _FOLDS_IN_TURN.get(rows.device.type, _FOLDS_IN_TURN_ELSEWHERE):
+        is_open = rows.shape[1] > width
+        stretches, num_gathered = folds.whole if is_open else folds.stretches, flat.shape[1] // width
+        if not is_open and num_gathered > _FOLDS_IN_TURN.get(rows.device.type, _FOLDS_IN_TURN_ELSEWHERE):
             at_once = max(1, _GATHERED_AT_ONCE // max(1, rows.numel()))
             for first in range(0, num_gathered, at_once):
                 _add_whole_folds(rows, flat, folds, slice(first, min(first + at_once, num_gathered)))
@@ -124,12 +142,12 @@ class FoldSketch:
             rows.narrow(1, stretch.start, stretch.count).addcmul_(part, stretch.signs)
 
     def add_together(
-        self, rows: Float[Tensor, "unit width"], counts: Mapping[str, int], flat: Float[Tensor, "unit number"]
+        self, rows: Float[Tensor, "unit place"], counts: Mapping[str, int], flat: Float[Tensor, "unit number"], width: int
     ) -> None:
         """Add the sketches of several parameters, whose numbers lie side by side: for many small ones."""
         key = tuple(counts)
         if key not in self._places:
-            tables = [self._folds(name, count, rows.shape[1]) for name, count in counts.items()]
+            tables = [self._folds(name, count, width) for name, count in counts.items()]
             places = torch.cat([folds.places() for folds in tables])
             self._places[key] = torch.cat([folds.signs for folds in tables]), places
         signs_of_all, places = self._places[key]
