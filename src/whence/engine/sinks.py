@@ -47,14 +47,22 @@ class GatherSink(AbstractSink):
 
     def __init__(self, layout: Layout, rows: Float[Tensor, "unit param"], units_per_group: int = 1):
         self.layout = layout
-        self.rows = rows.zero_()  # a parameter that the output does not use is never handed over
+        self.rows = rows
         self.units_per_group = units_per_group
+        self._unused = set(layout.spans)
 
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Put one layer's part in its place."""
         for own, span, gradients in factors.pieces(names):
             start = self.layout.spans[names[own]].start
             self.rows[:, start + span.start : start + span.stop] = gradients
+        self._unused.difference_update(names.values())
+
+    def finish(self) -> None:
+        """Put zeros where a parameter was never handed over, as the output does not use it."""
+        for name in self._unused:
+            self.rows[:, self.layout.spans[name]] = 0
+        self._unused = set(self.layout.spans)
 
     @property
     def unit_norm_squared(self) -> Float64[Tensor, " unit"]:
