@@ -92,6 +92,9 @@ class Capture:
         self._layers, self._tables = coverage.layers, coverage.tables
         self.uncovered: dict[str, str] = coverage.uncovered
         """Parameters that are taken by running the whole model for each unit, with the reason; runs may add some."""
+        self._dtypes = {
+            layer: self.parameters[next(iter(how.names.values()))].dtype for layer, how in self._layers.items()
+        }
         self._noted: set[str] = set()
         self._refuses = uncovered == "refuse"
         self._batch_norms = {module: path for path, module in model.named_modules() if isinstance(module, BATCH_NORMS)}
@@ -242,7 +245,7 @@ class Capture:
         if grads.dtype != self.arithmetic:
             self.arithmetic = max(self.arithmetic, grads.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         how = self._layers[layer]
-        dtype = self.parameters[next(iter(how.names.values()))].dtype
+        dtype = self._dtypes[layer]
         if inputs.dtype != dtype and inputs.is_floating_point():
             inputs = inputs.to(dtype)
         self._calls[layer].append((inputs, grads.detach() if grads.dtype == dtype else grads.detach().to(dtype)))
@@ -358,19 +361,19 @@ def _nothing(num_axes: int, device: torch.device) -> Float[Tensor, "0 *one"]:
 
 
 def _read_node(output: Tensor, wanted: Sequence[str]) -> tuple[Tensor, ...] | None:
-    """Give what the node of a layer's output has saved, if it has it and nothing watches what is saved.
+    """Read what the node of a layer's output has saved.
 
-    Gradient checkpointing does, and hands out each tensor once.
+    Returns:
+        None where it has no such thing, or something watches what is saved, as gradient checkpointing does, which hands
+        out each tensor once.
     """
     # Without this function, which torch itself uses and does not document, there is no way to know.
-    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # noqa: SLF001
-    if top_hooks is None or top_hooks(False) is not None:
-        return None
+    top_hooks = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)  # noqa: SLF001
     node = output.grad_fn
-    if not all(hasattr(node, name) for name in wanted):
+    if top_hooks is None or top_hooks(False) is not None or not hasattr(node, wanted[0]):
         return None
     # Detached: a hook of the node is not to hold the node.
-    return tuple(getattr(node, name).detach() for name in wanted)
+    return tuple([getattr(node, name).detach() for name in wanted])
 
 
 def some_of(names: Sequence[str]) -> str:

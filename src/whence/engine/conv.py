@@ -1,11 +1,10 @@
 """Convolutions: the weight gradient of a unit is G^T A, A the input unfolded into the patches that the kernel sees.
 
-Where positions are many nothing is unfolded: the weight gradient of many units is that of *one* convolution with a
-group for each unit, which runs at the speed of training's own. Where they are few such a convolution has little to work
-on, and on a GPU it is slow in any case: there patches are gathered and multiplied. And where a unit has channels that
-do not fill vector instructions it takes a slow way, so they are filled up with zeros. A projected ``A`` is the result of a
-small random convolution; and the Gram matrix of patches is a sum, over the elements of the kernel, of shifted views of
-the Gram matrix of pixels.
+Where a unit has many positions nothing is unfolded: the weight gradient of many units is that of *one* convolution with
+a group for each unit, which runs at the speed of training's own if the channels of a group fill vector instructions;
+zeros see to that. Where positions are few such a convolution has little to work on, and on a GPU it is slow in any
+case: there patches are gathered and multiplied. A projected ``A`` is the result of a small random convolution; and the
+Gram matrix of patches is a sum, over the elements of the kernel, of shifted views of the Gram matrix of pixels.
 
 A transposed convolution is a convolution from its output to its input: the patches are those of its output gradients,
 and its inputs take their part.
@@ -26,8 +25,7 @@ _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _BACKWARD = torch.ops.aten.convolution_backward.default
 
 _CHANNELS = 8
-"""Of what a convolution with groups has fast code for multiples, measured with oneDNN 3.12: 3 outputs took 0.9 ms where 8
-took 0.3."""
+"""A convolution with groups has fast code for multiples of these (oneDNN 3.12: 3 outputs took 0.9 ms, 8 took 0.3)."""
 
 _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -151,7 +149,7 @@ class ConvFactors(MatrixLayerFactors):
         num_events, num_out = grads.shape[:2]
         if num_events == self.num_units or num_out == self.layer.weight.shape[0]:
             # Members are the batch of the convolution. That takes a copy where units have several.
-            rows = self._weight_gradient(*(self._side_by_side(x) for x in (image, grads)), self.num_units)
+            rows = self._weight_gradient(self._side_by_side(image), self._side_by_side(grads), self.num_units)
         else:
             per_unit = zip(self._per_unit(image), self._per_unit(grads), strict=True)
             rows = torch.cat([self._weight_gradient(a, g, 1) for a, g in per_unit])

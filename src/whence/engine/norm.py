@@ -32,10 +32,11 @@ class GroupNormFactors(AbstractLayerFactors):
         num_events, num_channels = inputs.shape[:2]
         num_positions, groups = inputs.numel() // (num_events * num_channels), self.layer.num_groups
         inputs, grads = inputs.contiguous(), grads.contiguous()
-        if saved is None or saved[0].dtype != inputs.dtype:
+        if saved is not None and saved[0].dtype == inputs.dtype:
+            mean, scale = saved
+        else:
             sizes = (num_events, num_channels, num_positions, groups)
-            _, *saved = torch.native_group_norm(inputs, None, None, *sizes, self.layer.eps)
-        mean, scale = saved
+            _, mean, scale = torch.native_group_norm(inputs, None, None, *sizes, self.layer.eps)
         flat = (1, num_events * num_channels, num_positions)
         _, weight, bias = _BACKWARD(
             grads.view(flat),

@@ -95,10 +95,13 @@ class _SmallParameters:
         self, factors: AbstractLayerFactors, names: dict[str, str], num_numbers: Callable[[str], int]
     ) -> dict[str, str]:
         """Keep the small ones of a layer, and return the names of the others."""
-        large = {own: name for own, name in names.items() if num_numbers(name) > _SMALL}
-        for own in [own for own in names if own not in large]:
+        large = {}
+        for own, name in names.items():
+            if num_numbers(name) > _SMALL:
+                large[own] = name
+                continue
             flat = factors.gradient(own).flatten(1)
-            self._kept[names[own]] = flat
+            self._kept[name] = flat
             self._num_kept += flat.numel()
             if self._num_kept > numbers_at_once(flat.device):
                 self.use_up()

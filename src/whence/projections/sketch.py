@@ -72,7 +72,7 @@ class _Stretch(NamedTuple):
     fold: int
     start: int
     """First place in the rows."""
-    count: int
+    length: int
     signs: Float[Tensor, " number"]
 
 
@@ -117,9 +117,7 @@ class FoldSketch:
         self._tables: dict[str, _Folds] = {}
         self._places: dict[tuple[str, ...], tuple[Float[Tensor, " number"], Int64[Tensor, " number"]]] = {}
 
-    def add(
-        self, rows: Float[Tensor, "unit place"], name: str, flat: Float[Tensor, "unit number"], width: int
-    ) -> None:
+    def add(self, rows: Float[Tensor, "unit place"], name: str, flat: Float[Tensor, "unit number"], width: int) -> None:
         """Add the sketch of a parameter's numbers.
 
         Args:
@@ -137,12 +135,16 @@ class FoldSketch:
                 _add_whole_folds(rows, flat, folds, slice(first, min(first + at_once, num_gathered)))
             stretches = [stretch for stretch in stretches if stretch.fold >= num_gathered]
             flat = flat[:, num_gathered * width :]
-        parts = flat.split_with_sizes([stretch.count for stretch in stretches], dim=1)
+        parts = flat.split_with_sizes([stretch.length for stretch in stretches], dim=1)
         for stretch, part in zip(stretches, parts, strict=True):
-            rows.narrow(1, stretch.start, stretch.count).addcmul_(part, stretch.signs)
+            rows.narrow(1, stretch.start, stretch.length).addcmul_(part, stretch.signs)
 
     def add_together(
-        self, rows: Float[Tensor, "unit place"], counts: Mapping[str, int], flat: Float[Tensor, "unit number"], width: int
+        self,
+        rows: Float[Tensor, "unit place"],
+        counts: Mapping[str, int],
+        flat: Float[Tensor, "unit number"],
+        width: int,
     ) -> None:
         """Add the sketches of several parameters, whose numbers lie side by side: for many small ones."""
         key = tuple(counts)
