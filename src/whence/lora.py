@@ -1,7 +1,7 @@
 """LoRA adapters on disk, and how they are put on the model that they adapt.
 
-    pytorch_lora_weights.safetensors                  of diffusers: names start with unet. or transformer.; rank and
-                                                      alpha stand in its header, in keys that end with .alpha, or nowhere
+    pytorch_lora_weights.safetensors                  of diffusers: names start with unet. or transformer.; alpha stands
+                                                      in its header, in keys that end with .alpha, or nowhere
     adapter_model.safetensors, adapter_config.json    of peft
 
 Both lie in the folder of a checkpoint, or in ``unet`` or ``transformer`` below it. Whatever the file calls them, the
@@ -16,14 +16,11 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from whence._files import sha256_of_file, sha256_of_json
 from whence._model_files import read_header, read_json, read_tensors
 from whence.errors import CheckpointError, NumericsError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 NETWORKS = ("unet", "transformer")
 """Folders of a pipeline, or of a checkpoint, in which the network lies that denoises."""
@@ -194,7 +191,7 @@ def add_lora(model: Any, lora: LoraFiles, alpha: float | None = None) -> None:
     ranks = _check_fits(lora, model, {key: tuple(tensor.shape) for key, tensor in held.items()})
     scales = _alphas(lora, ranks, alphas, alpha)
     settings = _check_settings(lora, ranks, LoraConfig())
-    rank, of_most = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, scales))
+    rank, of_most = Counter(ranks.values()).most_common(1)[0][0], Counter(scales.values()).most_common(1)[0][0]
     config = LoraConfig(
         r=rank,
         lora_alpha=of_most,  # pyright: ignore[reportArgumentType] -- peft divides it by the rank, whatever its type
@@ -251,6 +248,9 @@ def _check_fits(lora: LoraFiles, model: Any, shapes: dict[str, tuple[int, ...]])
 
     Returns:
         Rank of each adapted layer, by its name.
+
+    Raises:
+        CheckpointError: The message lists what does not fit.
     """
     layers = dict(model.named_modules())
     faults, ranks = [], {}
@@ -331,6 +331,9 @@ def _check_settings(lora: LoraFiles, ranks: dict[str, int], default: Any) -> dic
 
     Returns:
         The settings.
+
+    Raises:
+        CheckpointError: The message lists them.
     """
     settings, faults = lora.settings, []
     if str(settings.get("peft_type", "LORA")).rpartition(".")[2] != "LORA":
@@ -340,7 +343,9 @@ def _check_settings(lora: LoraFiles, ranks: dict[str, int], default: Any) -> dic
             continue
         if key == "init_lora_weights":
             if value not in _PLAIN_STARTS:
-                faults.append(f"init_lora_weights {value!r} (it changed the base, which is to be saved with the change)")
+                faults.append(
+                    f"init_lora_weights {value!r} (it changed the base, which is to be saved with the change)"
+                )
         elif key != "bias" or value != "none":
             if not hasattr(default, key) or value != getattr(default, key):
                 faults.append(f"{key} {value!r}")
