@@ -40,6 +40,8 @@ LAYER_OF = {
     "scores": "artifacts",
     "trajectories": "artifacts",
     "encoded": "artifacts",
+    "encoding": "stages",
+    "pipeline_encoder": "stages",
     "ensembles": "artifacts",
     "ground_truth": "artifacts",
     "checkpoints": "checkpoints",

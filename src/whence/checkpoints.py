@@ -264,6 +264,25 @@ def _load_whole(folder: Path, allow_pickle: bool, device: str, dtype: str) -> An
         return model.to(device, getattr(torch, dtype)).eval()
 
 
+def describe_network(checkpoint: Checkpoint) -> Any:
+    """Make a checkpoint's network without its weights, to look at its class and configuration.
+
+    Args:
+        checkpoint: Which checkpoint.
+
+    Returns:
+        The network on the device ``meta``; it cannot be run.
+
+    Raises:
+        CheckpointError: If the configuration is missing, or diffusers does not know its class.
+    """
+    import torch
+
+    folder = checkpoint.model_folder
+    with torch.device("meta"):
+        return _make_from_config(folder / "config.json", _read_config(folder), "model")
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     return {k: v for k, v in read_json(folder / "config.json").items() if k not in _EMA_KEYS}
 
