@@ -6,7 +6,8 @@
 A plain step is forward and backward pass of the summed loss with gradients of the adapters alone, as training scripts
 of ``diffusers`` make it: the base frozen, adapters of rank 4 on the attention layers, put there by peft. Paths and the
 plain step take turns, each path right after a plain step; the ratio of the two is taken, and of many such ratios the
-median. Time is that of the processor, which with one thread is wall time on a machine with nothing else to do. Memory is the resident set's high-water mark above what was there before, in a child forked for one run.
+median. Time is that of the processor, which with one thread is wall time on a machine with nothing else to do. Memory
+is the resident set's high-water mark above what was there before, in a child forked for one run.
 """
 
 import argparse
