@@ -21,9 +21,10 @@ from lora_models import (
     save_diffusers,
     save_peft,
 )
+from own_trainers import save_lora
 from whence import checkpoints as checkpoints_module
 from whence.checkpoints import check_same_architecture, list_checkpoints, load_model, load_scheduler
-from whence.config import GradientSettings
+from whence.config import GradientSettings, RetrainingSettings
 from whence.data import ImageData
 from whence.diffusion.adapters import predict
 from whence.encoded import Conditions, Encoded, Latents
@@ -31,6 +32,7 @@ from whence.errors import CheckpointError
 from whence.event_table import grid_events, make_batch
 from whence.methods import Grid
 from whence.record import _MANIFEST_KEYS, FORMAT_VERSION
+from whence.retraining import retrain
 from whence.subject import Subject
 
 RTOL = 1e-9
@@ -149,6 +151,21 @@ class TestSeries:
         draw_weights(draw, seed=9)
         draw.save_pretrained(tmp_path / "base" / "unet")
         assert not set(before) & set(hashes())
+
+    def test_loras_that_are_trained_again(self, tmp_path: Path):
+        """A trainer of one's own leaves a LoRA; its base is that of the run."""
+        images = latent_images("sd")
+        subject = Subject(list_checkpoints(make_series("sd", tmp_path), base=tmp_path / "base"), images, None, "mse")
+        settings = RetrainingSettings(
+            trainer="own_trainers:save_lora", subsets=2, seeds=(1,), timesteps=2, draws=2, threads=1
+        )
+        queries = replace(images.select([0]), ids=("query",))
+        found = retrain(subject, {"query": queries}, settings, tmp_path / "truth", show_progress=False)
+        for subset, members in enumerate(found.subsets):
+            ids = [id_ for id_, member in zip(found.train_ids, members, strict=True) if member]
+            save_lora(ids, 1, tmp_path / f"{subset}")
+            (again,) = list_checkpoints(tmp_path / f"{subset}", base=tmp_path / "base")
+            assert found.models[subset][0] == again.content_hash()
 
     def test_a_series_of_several_ranks_is_refused(self, tmp_path: Path):
         run = make_series("sd", tmp_path)
