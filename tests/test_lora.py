@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from whence.checkpoints import list_checkpoints, load_model
 from whence.diffusion.adapters import predict
 from whence.engine.capture import Capture
 from whence.engine.sinks import DotSink, GatherSink, Layout
-from whence.errors import CheckpointError, NumericsError
+from whence.errors import CheckpointError, ConfigError, NumericsError
 
 NUM_EVENTS = 4
 FILE = "pytorch_lora_weights.safetensors"
@@ -247,6 +248,11 @@ class TestRefusals:
     def saved(self, tmp_path: Path) -> Path:
         save("peft, metadata", "sd", tmp_path)
         return tmp_path
+
+    def test_without_peft(self, saved: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setitem(sys.modules, "peft", None)
+        with pytest.raises(ConfigError, match=r"needs peft .*pip install 'whence\[pipelines\]'"):
+            open_lora(saved)
 
     def test_no_base(self, saved: Path):
         with pytest.raises(CheckpointError, match=r"lora holds a LoRA, which says nothing without.*with --base"):

@@ -20,7 +20,7 @@ from typing import Any
 
 from whence._files import sha256_of_file, sha256_of_json
 from whence._model_files import read_header, read_json, read_tensors
-from whence.errors import CheckpointError, NumericsError
+from whence.errors import CheckpointError, ConfigError, NumericsError
 
 NETWORKS = ("unet", "transformer")
 """Folders of a pipeline, or of a checkpoint, in which the network lies that denoises."""
@@ -179,10 +179,14 @@ def add_lora(model: Any, lora: LoraFiles, alpha: float | None = None) -> None:
     Raises:
         CheckpointError: If the adapter does not fit the model or is of a kind that is not known.
         NumericsError: If one of its weights is not finite.
+        ConfigError: If peft is not installed.
     """
     import torch
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
+    try:
+        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    except ImportError as error:
+        raise ConfigError(f"A LoRA needs peft ({error}). Install it: pip install 'whence[pipelines]'") from error
     held = {_plain_name(key): tensor for key, tensor in read_tensors(lora.weights).items()}
     alphas = {key.removesuffix(".alpha"): float(held.pop(key)) for key in list(held) if key.endswith(".alpha")}
     bad = [key for key, tensor in held.items() if not torch.isfinite(tensor).all()]
