@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ from lora_models import (
     save_diffusers,
     save_peft,
 )
-from whence.checkpoints import list_checkpoints, load_model
+from whence.checkpoints import check_files, list_checkpoints, load_model, load_scheduler, save_checkpoint
 from whence.diffusion.adapters import predict
 from whence.engine.capture import Capture
 from whence.engine.sinks import DotSink, GatherSink, Layout
@@ -189,6 +189,47 @@ class TestOpening:
         layers = {"target_modules": ["to_out.0"]} if "lora_bias" in settings else {}
         trained = save("peft, metadata", "sd", tmp_path, **settings, **layers)
         torch.testing.assert_close(output(open_lora(tmp_path)), output(trained.eval()), rtol=1e-12, atol=1e-12)
+
+
+class TestSaving:
+    @pytest.mark.parametrize("network", ["sd", "flux"])
+    def test_the_adapters_of_a_training_loop(self, network: str, tmp_path: Path):
+        adapted = make_base(network, tmp_path / "base")
+        config = add_adapters(adapted, seed=1, alpha_pattern={"to_v": 5})
+        adapted.peft_config = {"default": config}
+        checkpoint = save_checkpoint(tmp_path / "run" / "checkpoints", 3, adapted, diffusers.DDPMScheduler())
+        assert {f.name for f in checkpoint.folder.iterdir()} == {FILE, "scheduler", "checkpoint.json"}
+        (found,) = list_checkpoints(tmp_path / "run", base=tmp_path / "base")
+        check_files(found)
+        assert found.step == 3 and type(load_scheduler(found)) is diffusers.DDPMScheduler
+        torch.testing.assert_close(output(load_model(found, dtype="float64")), output(adapted.double()))
+        again = make_base(network, tmp_path / "base").eval()  # diffusers opens it too, settings and all
+        again.load_lora_adapter(checkpoint.folder, prefix=part_of(network), weight_name=FILE, use_safetensors=True)
+        torch.testing.assert_close(output(again.double()), output(adapted))
+        edit(checkpoint.folder, lambda state: next(iter(state.values())).zero_())
+        with pytest.raises(CheckpointError, match="was altered"):
+            check_files(found)
+
+    def test_the_adapters_of_a_peft_model(self, tmp_path: Path):
+        torch.manual_seed(0)
+        wrapped = get_peft_model(make_base("sd", tmp_path / "base"), LoraConfig(r=2, target_modules=["to_q"]))
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_B" in name:
+                nn.init.normal_(parameter)
+        save_checkpoint(tmp_path, 3, wrapped, diffusers.DDPMScheduler())
+        (found,) = list_checkpoints(tmp_path, base=tmp_path / "base")
+        torch.testing.assert_close(
+            output(load_model(found, dtype="float64")), output(wrapped.base_model.model.double().eval())
+        )
+
+    def test_what_cannot_be_kept(self, tmp_path: Path):
+        adapted = make_base("sd", tmp_path)
+        adapted.peft_config = {"one": LoraConfig()}
+        with pytest.raises(CheckpointError, match="No moving average is kept of a LoRA"):
+            save_checkpoint(tmp_path, 3, adapted, diffusers.DDPMScheduler(), ema=object())
+        adapted.peft_config["two"] = LoraConfig()
+        with pytest.raises(CheckpointError, match="holds one adapter; this model has one, two"):
+            save_checkpoint(tmp_path, 3, adapted, diffusers.DDPMScheduler())
 
 
 class TestGradients:

@@ -2,6 +2,7 @@
 
     checkpoints/checkpoint-<step>/unet/        raw weights as ``save_pretrained`` writes them: config.json, safetensors
     checkpoints/checkpoint-<step>/unet_ema/    moving average of the weights, where one is kept
+    checkpoints/checkpoint-<step>/pytorch_lora_weights.safetensors   instead of both, where a LoRA is trained
     checkpoints/checkpoint-<step>/scheduler/   scheduler_config.json
     checkpoints/checkpoint-<step>/resume/      optimizer.safetensors (by parameter name), rng.safetensors, state.json
     checkpoints/checkpoint-<step>/checkpoint.json   step and a checksum of every file
@@ -25,7 +26,7 @@ from whence._files import publish_folder, sha256_of_file, sha256_of_json, write_
 from whence._model_files import WEIGHTS_FILE, read_json, read_weights
 from whence.config import WeightsName
 from whence.errors import CheckpointError, NumericsError, check_choice
-from whence.lora import NETWORKS, LoraFiles, add_lora, find_base, find_lora
+from whence.lora import NETWORKS, LoraFiles, add_lora, find_base, find_lora, save_lora
 from whence.record import read_manifest
 
 if TYPE_CHECKING:
@@ -370,7 +371,7 @@ def save_checkpoint(
     Args:
         folder: Where checkpoints are kept.
         step: Optimizer steps taken.
-        model: A ``diffusers`` model with its raw weights.
+        model: A ``diffusers`` model with its raw weights; of one with adapters of peft these alone are written.
         scheduler: The noise scheduler.
         ema: A ``diffusers.training_utils.EMAModel``, where one is kept.
         resume_tensors: Safetensors files to put into ``resume/``, by their stem.
@@ -378,12 +379,21 @@ def save_checkpoint(
 
     Returns:
         The checkpoint on disk.
+
+    Raises:
+        CheckpointError: If a moving average of adapters is asked for.
     """
     from safetensors.torch import save_file
 
     target = folder / f"checkpoint-{step}"
+    adapted = bool(getattr(model, "peft_config", None))
+    if adapted and ema is not None:
+        raise CheckpointError("No moving average is kept of a LoRA. Save its checkpoints without ema.")
     with publish_folder(target) as partial:
-        model.save_pretrained(partial / "unet", safe_serialization=True)
+        if adapted:
+            save_lora(model, partial)
+        else:
+            model.save_pretrained(partial / "unet", safe_serialization=True)
         if ema is not None:
             import torch
 
@@ -399,7 +409,7 @@ def save_checkpoint(
         checksums = {f.relative_to(partial).as_posix(): sha256_of_file(f) for f in files}
         write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, "step": step, "sha256": checksums})
     checkpoint = _as_checkpoint(target, step)
-    assert checkpoint is not None  # save_pretrained has just written its config.json
+    assert checkpoint is not None  # its weights have just been written
     return checkpoint
 
 

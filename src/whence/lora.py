@@ -224,6 +224,36 @@ def add_lora(model: Any, lora: LoraFiles, alpha: float | None = None) -> None:
         parameter.requires_grad_(".lora_" in f".{name}")
 
 
+def save_lora(model: Any, folder: Path) -> None:
+    """Write the adapter of a model as ``diffusers`` does, so that a pipeline opens it with ``load_lora_weights``.
+
+    Args:
+        model: A ``diffusers`` model with an adapter of peft in it, or a ``PeftModel``.
+        folder: Where the file goes.
+
+    Raises:
+        CheckpointError: If the model has several adapters.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    if len(model.peft_config) != 1:
+        raise CheckpointError(
+            f"A checkpoint holds one adapter; this model has {', '.join(model.peft_config)}. Delete the others, with "
+            "model.delete_adapters."
+        )
+    ((name, config),) = model.peft_config.items()
+    kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    start = "unet" if kind.startswith("UNet") else "transformer"
+    held = get_peft_model_state_dict(model, adapter_name=name).items()
+    state = {f"{start}.{key.removeprefix('base_model.model.')}": tensor.contiguous() for key, tensor in held}
+    settings = {
+        f"{start}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
+    }
+    about = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
+    save_file(state, folder / WEIGHTS_FILES[0], about)
+
+
 def _start_of(key: str) -> str:
     """Give what a name in a file starts with, up to the first dot; of kohya's names, up to the second underscore."""
     start = key.split(".")[0]
