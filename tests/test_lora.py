@@ -30,6 +30,7 @@ from lora_models import (
 from whence.checkpoints import check_files, list_checkpoints, load_model, load_scheduler, save_checkpoint
 from whence.diffusion.adapters import predict
 from whence.engine.capture import Capture
+from whence.engine.check import check_against_autograd
 from whence.engine.sinks import DotSink, GatherSink, Layout
 from whence.errors import CheckpointError, ConfigError, NumericsError
 
@@ -242,6 +243,27 @@ class TestGradients:
         assert not capture.uncovered
         assert all(".lora_" in name for name in capture.parameters)
         assert {name for name, p in model.named_parameters() if p.requires_grad} == set(capture.parameters)
+
+    def test_under_gradient_checkpointing(self, tmp_path: Path):
+        save("peft, metadata", "sd", tmp_path)
+        model = open_lora(tmp_path)
+        model.enable_gradient_checkpointing()
+        assert not check_gradients(model.train(), outputs_of(model)).uncovered
+
+    @pytest.mark.parametrize("network", ["sd", "sd3"])
+    def test_under_autocast(self, network: str, tmp_path: Path):
+        save("peft, metadata", network, tmp_path)
+        model, (noisy, times) = open_lora(tmp_path).float(), inputs()
+        told = conditions(NUM_EVENTS, torch.float32)
+
+        def outputs(some: slice) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                made = predict(model, noisy[some].float(), times[some], {n: v[some] for n, v in told.items()})
+            return loss(made.float())
+
+        capture = Capture(model)
+        check_against_autograd(capture, outputs, NUM_EVENTS, NUM_EVENTS)
+        assert capture.arithmetic == torch.bfloat16 and not capture.uncovered
 
     def test_of_convolutions(self, tmp_path: Path):
         save("peft, metadata", "sd", tmp_path, target_modules=["conv1", "conv2", "conv_shortcut", "conv", "proj_in"])
