@@ -66,8 +66,8 @@ def drawn_timestep(key: int, num_timesteps: int) -> int:
     return int(scalar_draws(key)[0] * num_timesteps)
 
 
-def derived_key(key: int, purpose: Literal["offset", "perturbation", "posterior"]) -> int:
-    """Name a second draw of the same event: the shift of its noise, its input perturbation, its sample of a VAE."""
+def derived_key(key: int, purpose: Literal["offset", "perturbation", "posterior", "condition"]) -> int:
+    """Name a second draw of the same event: shift or perturbation of its noise, sample of a VAE, caption withheld."""
     digest = hashlib.blake2b(f"{int(key)} {purpose}".encode(), digest_size=8, person=b"whence-noise-2").digest()
     return int.from_bytes(digest, "little")
 
@@ -75,6 +75,11 @@ def derived_key(key: int, purpose: Literal["offset", "perturbation", "posterior"
 def drawn_flip(key: int) -> bool:
     """Tell whether a key draws a flip; half of all keys do."""
     return bool(scalar_draws(key)[1] < 0.5)
+
+
+def is_withheld(key: int, probability: float) -> bool:
+    """Tell whether a key withholds the caption or label of its visit."""
+    return bool(scalar_draws(derived_key(key, "condition"))[0] < probability)
 
 
 def normals(key: int, shape: tuple[int, ...]) -> Float32[ndarray, "*shape"]:
