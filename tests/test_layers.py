@@ -40,9 +40,13 @@ LAYER_OF = {
     "scores": "artifacts",
     "trajectories": "artifacts",
     "encoded": "artifacts",
+    "encoding": "stages",
+    "pipeline_encoder": "stages",
     "ensembles": "artifacts",
     "ground_truth": "artifacts",
     "checkpoints": "checkpoints",
+    "lora": "checkpoints",
+    "_model_files": "checkpoints",
     # stages: loops that turn one artifact into the next
     "training": "stages",
     "recorder": "stages",

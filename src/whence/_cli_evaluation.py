@@ -6,9 +6,9 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from whence._cli_options import Flat, given
+from whence._cli_options import Flat, ModelSource
 from whence._cli_printing import print_table, print_tables
-from whence.config import DataSettings, LossName, RetrainingSettings
+from whence.config import RetrainingSettings
 
 
 def retrain(
@@ -16,11 +16,7 @@ def retrain(
     /,
     *,
     queries: tuple[str, ...],
-    data: str | None = None,
-    out: Path | None = None,
-    loss: LossName | None = None,
-    allow_pickle: bool = False,
-    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008  frozen
+    source: Flat[ModelSource] = ModelSource(),  # noqa: B008
     settings: Flat[RetrainingSettings] = RetrainingSettings(),  # noqa: B008
     json: bool = False,
 ) -> None:
@@ -33,17 +29,11 @@ def retrain(
         run: A run of whence, or a model saved by diffusers, which needs a trainer of yours.
         queries: Query images, each as NAME=SOURCE, such as validation=FOLDER generated=FILE; sources of one name are
             one set, and without a name the set is called queries.
-        data: Training images. A run knows its own.
-        out: Folder for what is made, where the model was not trained by whence.
-        loss: Training loss of a model without a record. Default: mse.
-        allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
-        data_settings: How images are read. Default: as the run did.
+        source: Where the model is from and what it was trained on.
         settings: Subsets, seeds, training, measuring, processes.
         json: Print what was made as JSON.
     """
-    from whence.opening import open_run
-
-    opened = open_run(run, data=data, data_settings=given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle)
+    opened = source.open(run)
     truth = opened.retrain(_query_sets(queries), settings)
     rows = [
         [name, truth.query_sets.count(name), measure, float(of_set.mean()), float(of_set.mean(axis=(1, 2)).std())]

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional
 
-from whence._cli_options import Flat, given
+from whence._cli_options import Flat, ModelSource, given
 from whence._cli_printing import print_table
-from whence.config import CleaningSettings, CounterfactualSettings, DataSettings, LossName
+from whence.config import CleaningSettings, CounterfactualSettings, DataSettings
 
 
 def prove(
@@ -21,11 +21,7 @@ def prove(
     ids: tuple[str, ...] = (),
     scores: tuple[Path, ...] = (),
     plan: bool = False,
-    data: str | None = None,
-    out: Path | None = None,
-    loss: LossName | None = None,
-    allow_pickle: bool = False,
-    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008  frozen
+    source: Flat[ModelSource] = ModelSource(),  # noqa: B008
     settings: Flat[CounterfactualSettings] = CounterfactualSettings(),  # noqa: B008
     json: bool = False,
 ) -> None:
@@ -42,18 +38,13 @@ def prove(
         ids: Ask about these of the queries only.
         scores: Folders of scores, instead of methods.
         plan: Print the cost and do nothing.
-        data: Training images. A run knows its own.
-        out: Folder for what is made, where the model was not trained by whence.
-        loss: Training loss of a model without a record. Default: mse.
-        allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
-        data_settings: How images are read. Default: as the run did.
+        source: Where the model is from and what it was trained on.
         settings: How many images, seeds, training, measuring, processes.
         json: Print as JSON.
     """
     from whence.evidence import describe_effect
-    from whence.opening import open_run
 
-    opened = open_run(run, data=data, data_settings=given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle)
+    opened = source.open(run)
     work = opened.plan_counterfactual(queries, scores or None, settings, methods=methods, ids=ids, trace=not plan)
     cost = work.cost()
     facts = {

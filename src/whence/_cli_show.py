@@ -97,7 +97,8 @@ def _show_events(
     ]
     if npz is not None:
         with publish_file(npz) as partial, partial.open("wb") as file:
-            np.savez(file, **{name: array.numpy() for name, array in batch.arrays().items()})
+            arrays: dict[str, Any] = {name: array.numpy() for name, array in batch.arrays().items()}
+            np.savez(file, **arrays)
     print_table(["train id", "timestep", "noise key", "flip", "loss weight", "weight"], rows, json)
 
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from whence._cli_options import Flat, given
+from whence._cli_options import Flat, ModelSource
 from whence._cli_printing import print_rankings, print_table
-from whence.config import DataSettings, IndexSettings, LossName, QuerySettings
+from whence.config import IndexSettings, QuerySettings
 from whence.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,11 +20,7 @@ def index(
     /,
     *,
     part: str | None = None,
-    data: str | None = None,
-    out: Path | None = None,
-    loss: LossName | None = None,
-    allow_pickle: bool = False,
-    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008  frozen
+    source: Flat[ModelSource] = ModelSource(),  # noqa: B008
     settings: Flat[IndexSettings] = IndexSettings(),  # noqa: B008
     json: bool = False,
 ) -> None:
@@ -35,18 +31,13 @@ def index(
     Args:
         model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
         part: Do only this part of the work, as 2/8 for the second of eight; for jobs on several machines.
-        data: Training images. A run knows its own.
-        out: Folder for the store, where the model was not trained by whence.
-        loss: Training loss of a model without a record. Default: mse.
-        allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
-        data_settings: How images are read. Default: as the run did.
+        source: Where the model is from and what it was trained on.
         settings: Which gradients, their projection, arithmetic.
         json: Print what the store holds as JSON.
     """
     from whence.indexing import notes_on_store
-    from whence.opening import open_run
 
-    run = open_run(model, data=data, data_settings=given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle)
+    run = source.open(model)
     store = run.index(settings, part=None if part is None else _part(part))
     rows = [[step, len(store.ids(step)), store.num_rows(step)] for step in store.steps]
     print_table(["step", "images", "rows"], rows, json, store=str(store.folder), notes=notes_on_store(store))
@@ -60,14 +51,10 @@ def query(
     methods: tuple[str, ...] = ("tracin", "retrac"),
     store: Path | None = None,
     keep_top: int | None = None,
-    data: str | None = None,
-    out: Path | None = None,
-    loss: LossName | None = None,
-    allow_pickle: bool = False,
     until: float | None = None,
     until_of: Literal["median", "worst"] = "median",
     top: int = 5,
-    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
+    source: Flat[ModelSource] = ModelSource(),  # noqa: B008
     settings: Flat[QuerySettings] = QuerySettings(),  # noqa: B008
     json: bool = False,
 ) -> None:
@@ -79,21 +66,15 @@ def query(
         methods: Any that the store can serve; `whence methods` lists them.
         store: The store. Default: the one of the run that serves the methods.
         keep_top: Keep only so many training images of each query, where all scores would be too many. No page then.
-        data: Training images. A run knows its own.
-        out: Folder of the stores and scores, where the model was not trained by whence.
-        loss: Training loss of a model without a record. Default: mse.
-        allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
         until: Reliability, such as 0.95: take no more timesteps and draws of the queries than reach it. --timesteps and
             --draws are then the most that are taken.
         until_of: Reliability of the median query, or of the worst.
         top: Training images to print for each query.
-        data_settings: How images are read. Default: as the run did.
+        source: Where the model is from and what it was trained on.
         settings: Size of the query grid, batch size.
         json: Print the rankings as JSON.
     """
-    from whence.opening import open_run
-
-    run = open_run(model, data=data, data_settings=given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle)
+    run = source.open(model)
     scores = run.query(queries, methods, settings, store=store, top=keep_top, until=until, until_of=until_of)
     print_rankings(list(scores.values()), top, json)
 

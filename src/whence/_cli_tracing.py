@@ -9,12 +9,10 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from whence._cli_options import Flat, given
+from whence._cli_options import Flat, ModelSource
 from whence._cli_printing import print_rankings, print_table
 from whence.config import (
-    DataSettings,
     IndexSettings,
-    LossName,
     MemberImages,
     MemberScale,
     PlanSettings,
@@ -30,14 +28,10 @@ def trace(
     *,
     queries: tuple[str, ...],
     methods: tuple[str, ...] = ("tracin", "retrac"),
-    data: str | None = None,
-    out: Path | None = None,
-    loss: LossName | None = None,
-    allow_pickle: bool = False,
     until: float | None = None,
     until_of: Literal["median", "worst"] = "median",
     top: int = 5,
-    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008  frozen
+    source: Flat[ModelSource] = ModelSource(),  # noqa: B008
     settings: Flat[TraceSettings] = TraceSettings(),  # noqa: B008
     json: bool = False,
 ) -> None:
@@ -50,21 +44,15 @@ def trace(
         model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
         queries: Query images: folders, files, or demo-queries.
         methods: Any that `whence methods` lists with trace.
-        data: Training images. A run knows its own.
-        out: Folder for scores and report, where the model was not trained by whence.
-        loss: Training loss of a model without a record. Default: mse.
-        allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
         until: Reliability, such as 0.95: take no more timesteps and draws of the queries than reach it. --timesteps and
             --draws are then the most that are taken.
         until_of: Reliability of the median query, or of the worst.
         top: Training images to print for each query.
-        data_settings: How images are read. Default: as the run did.
+        source: Where the model is from and what it was trained on.
         settings: Size of the grids, arithmetic, batch sizes.
         json: Print the rankings as JSON.
     """
-    from whence.opening import open_run
-
-    run = open_run(model, data=data, data_settings=given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle)
+    run = source.open(model)
     scores = run.trace(queries, methods, settings, until=until, until_of=until_of)
     print_rankings(list(scores.values()), top, json)
 
@@ -75,12 +63,8 @@ def plan(
     *,
     queries: tuple[str, ...] = (),
     methods: tuple[str, ...] = ("tracin", "retrac"),
-    data: str | None = None,
-    out: Path | None = None,
-    loss: LossName | None = None,
-    allow_pickle: bool = False,
     index: bool = False,
-    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
+    source: Flat[ModelSource] = ModelSource(),  # noqa: B008
     settings: Flat[PlanSettings] = PlanSettings(),  # noqa: B008
     json: bool = False,
 ) -> None:
@@ -92,19 +76,14 @@ def plan(
         model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
         queries: Query images: folders, files, or demo-queries. Not needed with index.
         methods: Any that `whence methods` lists with trace.
-        data: Training images. A run knows its own.
-        out: Folder for scores and report, where the model was not trained by whence.
-        loss: Training loss of a model without a record. Default: mse.
-        allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
         index: Plan `whence index`, and `whence query` where there are queries, instead of a trace.
-        data_settings: How images are read. Default: as the run did.
+        source: Where the model is from and what it was trained on.
         settings: Those of whence trace; or, with index, of whence index and whence query.
         json: Print the plan as JSON.
     """
     from whence.memory import format_memory
-    from whence.opening import open_run
 
-    run = open_run(model, data=data, data_settings=given(data_settings), out=out, loss=loss, allow_pickle=allow_pickle)
+    run = source.open(model)
     _warn_of_vain(settings, index)
     if index:
         asked = settings.part(QuerySettings)
@@ -135,8 +114,7 @@ def self_(
     kind: Literal["self_norm", "self_expected"] = "self_norm",
     method: Literal["tracin", "retrac"] = "tracin",
     top: int = 10,
-    data: str | None = None,
-    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
+    source: Flat[ModelSource] = ModelSource(),  # noqa: B008
     settings: Flat[TraceSettings] = TraceSettings(),  # noqa: B008
     json: bool = False,
 ) -> None:
@@ -148,14 +126,11 @@ def self_(
             gradient over a grid of timesteps and draws, which costs that many passes more.
         method: For self_expected: retrac brings both sides to length 1.
         top: Training images to print.
-        data: Training images, where the run does not know its own (a training loop of yours) or they were moved.
-        data_settings: How images are read. Default: as the run did.
+        source: Where the model is from and what it was trained on.
         settings: The grid of self_expected, arithmetic, batch size.
         json: Print the ranking as JSON.
     """
-    from whence.opening import open_run
-
-    opened = open_run(run, data=data, data_settings=given(data_settings))
+    opened = source.open(run)
     cost = opened.self_influence_cost(kind, settings)
     print(f"{kind}: {cost.sample_passes:,} sample-passes", file=sys.stderr)
     scores = opened.self_influence(kind, settings, method=method)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from whence._cli_options import Flat, given
+from whence._cli_options import Flat, ModelSource
 from whence._cli_printing import print_table
 from whence.config import DataSettings, LossName, ModelSettings, TrainingSettings
 
@@ -74,10 +74,7 @@ def sample(
     steps: int = 50,
     seed: int = 0,
     trajectory: bool = False,
-    data: str | None = None,
-    out: Path | None = None,
-    allow_pickle: bool = False,
-    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
+    source: Flat[ModelSource] = ModelSource(),  # noqa: B008
     json: bool = False,
 ) -> None:
     """Sample images from the last checkpoint with DDIM, to be traced as queries. The same seed gives the same images.
@@ -88,15 +85,10 @@ def sample(
         steps: Denoising steps.
         seed: Seed of the noise.
         trajectory: Also keep what the sampler took each image to be at each step, as journey-trak needs it.
-        data: Training images. A run knows its own.
-        out: Folder for the images, where the model was not trained by whence.
-        allow_pickle: Read weights from .bin files too, with weights_only. Only for files you trust.
-        data_settings: How training images are read. Default: as the run did.
+        source: Where the model is from and what it was trained on.
         json: Print the path as JSON.
     """
-    from whence.opening import open_run
-
-    run = open_run(model, data=data, data_settings=given(data_settings), out=out, allow_pickle=allow_pickle)
+    run = source.open(model)
     path = run.sample(count, steps=steps, seed=seed, trajectory=trajectory)
     print(jsonlib.dumps({"images": str(path)}) if json else path)
 
@@ -105,8 +97,7 @@ def check(
     run: Positional[Path],
     /,
     *,
-    data: str | None = None,
-    data_settings: Flat[DataSettings] = DataSettings(),  # noqa: B008
+    source: Flat[ModelSource] = ModelSource(),  # noqa: B008
     device: str = "cpu",
     json: bool = False,
 ) -> None:
@@ -116,14 +107,11 @@ def check(
 
     Args:
         run: A run with a record.
-        data: Training images, where the run does not know its own (a training loop of yours) or they were moved.
-        data_settings: How images are read. Default: as the run did.
+        source: Where the model is from and what it was trained on.
         device: Torch device.
         json: Print the verdicts as JSON.
     """
-    from whence.opening import open_run
-
-    rows = open_run(run, data=data, data_settings=given(data_settings)).check(device=device)
+    rows = source.open(run).check(device=device)
     print_table(["what", "verdict", "visits", "detail"], [[r.what, r.verdict, r.checked, r.detail] for r in rows], json)
     if any(row.verdict == "failed" for row in rows):
         sys.exit(1)

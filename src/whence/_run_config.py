@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from whence._files import publish_file
+from whence._files import as_json, publish_file
 from whence._run_folder import RunFolder
 from whence.arguments import absolute
-from whence.config import LossName
+from whence.config import ConditioningSettings, LossName
 from whence.errors import ConfigError
 from whence.record import read_manifest
 
@@ -53,7 +53,14 @@ def _config_of(run: RunFolder) -> dict[str, Any]:
         "model": "." if run.model == run.folder else str(run.model.resolve()),
         "data": {"source": absolute(run.data_source), "settings": asdict(run.data_settings)},
         "loss": run.loss,
-    }
+    } | _of_network(run)
+
+
+def _of_network(run: RunFolder) -> dict[str, Any]:
+    """Give what was said of latents, conditions and objective, where anything was."""
+    said = {"conditioning": run.conditioning, "objective": run.objective}
+    plain = {"conditioning": ConditioningSettings(), "objective": None}
+    return {name: as_json(asdict(value)) for name, value in said.items() if value is not None and value != plain[name]}
 
 
 def recorded_loss(model: Path) -> LossName | None:

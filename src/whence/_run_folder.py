@@ -13,9 +13,17 @@ from numpy import ndarray
 
 from whence._files import write_json
 from whence.arguments import BUNDLED, Images, parts, sources
-from whence.checkpoints import list_checkpoints, load_model, load_scheduler
-from whence.config import DataSettings, LossName, QuerySettings, TraceSettings
+from whence.checkpoints import Checkpoint, list_checkpoints, load_model, load_scheduler
+from whence.config import (
+    ConditioningSettings,
+    DataSettings,
+    LossName,
+    ObjectiveSettings,
+    QuerySettings,
+    TraceSettings,
+)
 from whence.data import ImageData, concatenate, open_images, save_arrays
+from whence.encoding import Encoding, find_encoding
 from whence.errors import ConfigError, DataError, RecordError, ScoresError
 from whence.event_table import EventBatch, EventTable, grid_events, make_batch
 from whence.methods import GradientPlan, Grid, Trajectory
@@ -38,10 +46,19 @@ class RunFolder:
     """Where the checkpoints are: the run itself, or a folder of someone else's."""
     loss: LossName
     allow_pickle: bool = False
+    conditioning: ConditioningSettings = ConditioningSettings()
+    """Where latents and conditions come from."""
+    objective: ObjectiveSettings | None = None
+    """What a foreign training added to noise and loss; a record knows its own."""
 
     @cached_property
     def train_images(self) -> ImageData:
-        """The training images."""
+        """The training images, encoded where the network sees latents or is told conditions."""
+        return self._encoded(self.opened_images)
+
+    @cached_property
+    def opened_images(self) -> ImageData:
+        """The training images as they are in their source."""
         try:
             return open_images(self.data_source, self.data_settings)
         except DataError as error:
@@ -61,18 +78,34 @@ class RunFolder:
         return Record.open(folder) if folder.exists() else None
 
     @cached_property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Checkpoints of the model."""
+        return list_checkpoints(self.model)
+
+    @cached_property
     def subject(self) -> Subject:
         """What is traced."""
-        return Subject(list_checkpoints(self.model), self.train_images, self.record, self.loss, self.allow_pickle)
+        recorded = self.record and self.record.manifest.get("objective")
+        objective = ObjectiveSettings(**recorded) if recorded else self.objective or ObjectiveSettings()
+        return Subject(self.checkpoints, self.train_images, self.record, self.loss, self.allow_pickle, objective)
+
+    @cached_property
+    def encoding(self) -> Encoding | None:
+        """How images are encoded; None where the network sees pixels and is told nothing."""
+        return find_encoding(self.checkpoints[-1], self.opened_images, self.record, self.conditioning)
+
+    def _encoded(self, images: ImageData) -> ImageData:
+        return images if self.encoding is None else self.encoding.encode(images, self.folder / "cache")
 
     def open_queries(self, queries: Images) -> ImageData:
-        """Open query images and read them at the size of the training images."""
+        """Open query images, read them at the size of the training images, and encode them as those are."""
         given = parts(queries)
         if not given:
             raise ConfigError("Give at least one query image.")
         columns = dict.fromkeys(("image_column", "id_column", "label_column", "caption_column"))
         settings = replace(self.data_settings, **columns)
-        return concatenate([p if isinstance(p, ImageData) else open_images(p, settings) for p in given])
+        opened = concatenate([p if isinstance(p, ImageData) else open_images(p, settings) for p in given])
+        return opened if opened.encoding is not None else self._encoded(opened)
 
     def load_scores(self, queries: ImageData | None = None) -> tuple[list[Scores], ImageData, dict[str, Any]]:
         """Load what was traced last: scores, queries, settings.

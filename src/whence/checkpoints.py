@@ -6,22 +6,28 @@
     checkpoints/checkpoint-<step>/resume/      optimizer.safetensors (by parameter name), rng.safetensors, state.json
     checkpoints/checkpoint-<step>/checkpoint.json   step and a checksum of every file
 
-Folders that ``accelerate`` and the ``diffusers`` example scripts write (``checkpoint-<step>/unet``, a pipeline with
-``model_index.json``, a single model folder) open as they are. torch and diffusers are imported only when a model is
-loaded.
+Folders that ``accelerate`` and the ``diffusers`` example scripts write (``checkpoint-<step>/unet`` or ``transformer``, a
+pipeline with ``model_index.json``, a single model folder) open as they are, and so do those of a LoRA
+(:mod:`whence.lora`), whose base lies elsewhere. torch and diffusers are imported only when a model is loaded.
 """
 
-import json
+import copy
+
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from whence._files import publish_folder, sha256_of_file, sha256_of_json, write_json
+from whence._model_files import read_json, read_tensors
 from whence.config import WeightsName
 from whence.errors import CheckpointError, NumericsError, check_choice
+from whence.lora import NETWORKS, LoraFiles, add_lora, find_base, find_lora
+from whence.record import read_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,9 +44,18 @@ class Checkpoint:
     """Optimizer steps taken; 0 for a lone model whose step is not known."""
     folder: Path
     model_folder: Path
-    """Raw weights."""
+    """Raw weights; of a LoRA, those of its base."""
     ema_folder: Path | None
     """Moving average of the weights, or None."""
+    lora: LoraFiles | None = None
+    """Adapters, where the checkpoint holds these alone."""
+    lora_alpha: float | None = None
+    """Alpha of the adapters, where the user says it."""
+
+    @property
+    def base_folder(self) -> Path | None:
+        """Folder of the network that a LoRA adapts, or None."""
+        return self.model_folder if self.lora else None
 
     def weights_folder(self, weights: WeightsName) -> Path:
         """Give the folder of the raw or of the averaged weights.
@@ -54,6 +69,8 @@ class Checkpoint:
         check_choice("weights", weights, WeightsName)
         if weights == "raw":
             return self.model_folder
+        if self.lora is not None:
+            raise CheckpointError(f"{self.folder} holds a LoRA, of which there is no moving average. Use raw weights.")
         if self.ema_folder is None:
             raise CheckpointError(
                 f"{self.folder} has no averaged weights (no unet_ema). Use the raw ones, or train with --ema-decay."
@@ -61,24 +78,36 @@ class Checkpoint:
         return self.ema_folder
 
     def content_hash(self, weights: WeightsName = "raw") -> str:
-        """Hash what a gradient depends on: the model's configuration and its weights."""
+        """Hash what a gradient depends on: the model's configuration and its weights, and the adapters of a LoRA."""
         files = sorted(self.weights_folder(weights).iterdir())
         kept = [f for f in files if f.suffix in (".json", ".safetensors", ".bin")]
-        return sha256_of_json({f.name: sha256_of_file(f) for f in kept})
+        if self.lora is None:
+            return sha256_of_json({f.name: sha256_of_file(f) for f in kept})
+        base = {f.name: _hash_of_base_file(f, f.stat().st_mtime_ns, f.stat().st_size) for f in kept}
+        return sha256_of_json({"base": base, "lora": self.lora.content_hash, "alpha": self.lora_alpha})
 
 
-def list_checkpoints(path: Path) -> list[Checkpoint]:
+@lru_cache(maxsize=64)
+def _hash_of_base_file(path: Path, _changed_ns: int, _size: int) -> str:
+    """Hash a large file that all checkpoints of a series share; once, unless it was written since."""
+    return sha256_of_file(path)
+
+
+def list_checkpoints(path: Path, *, base: Path | None = None, lora_alpha: float | None = None) -> list[Checkpoint]:
     """Find the checkpoints below a folder, in order of their steps.
 
     Args:
         path: A run of whence, a training output folder with ``checkpoint-<step>`` folders, one checkpoint, a saved
             pipeline, or a saved model.
+        base: What a LoRA adapts: a saved pipeline, or a model. Default: the folder that the record names as
+            ``pretrained_model_name_or_path``. Whole weights need none.
+        lora_alpha: Alpha of a LoRA whose files do not say it.
 
     Returns:
         At least one checkpoint. Folders that were not finished are left out.
 
     Raises:
-        CheckpointError: If there is none, or two have the same step.
+        CheckpointError: If there is none, two have the same step, or the base of a LoRA is not found.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder. Give a run, a checkpoint folder or a saved diffusers model.")
@@ -92,26 +121,72 @@ def list_checkpoints(path: Path) -> list[Checkpoint]:
             if left.step == right.step:
                 raise CheckpointError(f"{left.folder} and {right.folder} have the same step. Remove one of them.")
         if found:
-            return found
+            return _on_base(found, path, base, lora_alpha)
     step = re.fullmatch(r"checkpoint-(\d+)", path.resolve().name)
     lone = _as_checkpoint(path, int(step[1]) if step else 0)
     if lone is None:
         contents = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "nothing"
         raise CheckpointError(
-            f"{path} holds no checkpoint: expected checkpoint-<step> folders, a unet folder, or a config.json beside "
-            f"{WEIGHTS_FILE}; found {contents}."
+            f"{path} holds no checkpoint: expected checkpoint-<step> folders, a unet or transformer folder, a LoRA, or "
+            f"a config.json beside {WEIGHTS_FILE}; found {contents}."
         )
-    return [lone]
+    return _on_base([lone], path, base, lora_alpha)
 
 
 def _as_checkpoint(folder: Path, step: int) -> Checkpoint | None:
-    for model_folder in (folder / "unet", folder):
-        if (model_folder / "config.json").exists():
-            ema = folder / "unet_ema"
-            return Checkpoint(step, folder, model_folder, ema if (ema / "config.json").exists() else None)
-    if (folder / "checkpoint.json").exists():  # written last, so the folder was whole once
-        raise CheckpointError(f"{folder / 'unet' / 'config.json'} is missing. Restore it, or delete {folder}.")
-    return None
+    lora = find_lora(folder)
+    names = [name for name in NETWORKS if (folder / name / "config.json").exists()]
+    if len(names) > 1:
+        raise CheckpointError(f"{folder} holds both unet and transformer. Give the folder of the one to be traced.")
+    if not names and not (folder / "config.json").exists():
+        if lora is not None:
+            return Checkpoint(step, folder, folder, None, lora)
+        if (folder / "checkpoint.json").exists():  # written last, so the folder was whole once
+            raise CheckpointError(f"{folder / 'unet' / 'config.json'} is missing. Restore it, or delete {folder}.")
+        return None
+    model_folder = folder / names[0] if names else folder
+    if lora is not None:
+        raise CheckpointError(
+            f"{folder} holds a LoRA, {lora.weights.relative_to(folder)}, beside a whole model. Move the LoRA into a "
+            f"folder of its own and trace that with --base {folder}, or move it away and trace the model."
+        )
+    ema = folder / (f"{names[0]}_ema" if names else "unet_ema")
+    return Checkpoint(step, folder, model_folder, ema if (ema / "config.json").exists() else None)
+
+
+def _on_base(
+    found: list[Checkpoint], path: Path, base: Path | None, lora_alpha: float | None
+) -> list[Checkpoint]:
+    """Say of what base the LoRAs among some checkpoints are."""
+    loras = [c for c in found if c.lora is not None]
+    if not loras:
+        if lora_alpha is not None:
+            raise CheckpointError(f"{path} holds whole weights and no LoRA. Leave --lora-alpha out.")
+        return found
+    if len(loras) < len(found):
+        whole = next(c for c in found if c.lora is None)
+        raise CheckpointError(f"{loras[0].folder} holds a LoRA, {whole.folder} whole weights. Move one kind away.")
+    base = base or _recorded_base(path, loras[0])
+    return [
+        replace(c, model_folder=find_base(base, c.lora), lora_alpha=lora_alpha) for c in found if c.lora is not None
+    ]
+
+
+def _recorded_base(path: Path, checkpoint: Checkpoint) -> Path:
+    """Look up the base of a LoRA in the record of its training, or in what peft keeps beside it."""
+    records = [place / "record" for place in (path, path.parent, path.parent.parent)]
+    record = next((r for r in records if (r / "manifest.json").exists()), None)
+    named = read_manifest(record)["config"].get("pretrained_model_name_or_path") if record else None
+    assert checkpoint.lora is not None
+    if named is None and checkpoint.lora.config is not None:
+        named = checkpoint.lora.settings.get("base_model_name_or_path")
+    if named and Path(named).is_dir():
+        return Path(named)
+    found = f" It was trained on {named}, which is no folder here." if named else ""
+    raise CheckpointError(
+        f"{checkpoint.folder} holds a LoRA, which says nothing without the model that it adapts.{found} Give the "
+        "folder of that model, a saved pipeline or the network alone, with --base."
+    )
 
 
 def check_files(checkpoint: Checkpoint) -> None:
@@ -123,7 +198,7 @@ def check_files(checkpoint: Checkpoint) -> None:
     manifest = checkpoint.folder / "checkpoint.json"
     if not manifest.exists():
         return
-    checksums = _read_json(manifest).get("sha256")
+    checksums = read_json(manifest).get("sha256")
     if not isinstance(checksums, dict):
         raise CheckpointError(
             f"{manifest} has no checksums under sha256. It is damaged; restore it, or delete {checkpoint.folder} and "
@@ -143,6 +218,7 @@ def load_model(
     allow_pickle: bool = False,
     device: str = "cpu",
     dtype: str = "float32",
+    bases: dict[tuple[Path, str, str], Any] | None = None,
 ) -> Any:
     """Load a model as its own ``diffusers`` class, in evaluation mode.
 
@@ -152,9 +228,10 @@ def load_model(
         allow_pickle: Also read ``.bin`` files, with torch's ``weights_only=True``.
         device: Torch device.
         dtype: Name of a torch type.
+        bases: Where the base of a LoRA is kept for the next checkpoint; models share its tensors. The last one stays.
 
     Returns:
-        The model.
+        The model. That of a LoRA has trainable adapters on a frozen base.
 
     Raises:
         CheckpointError: If files are missing, damaged or pickled, or do not fit the configuration.
@@ -163,6 +240,22 @@ def load_model(
     import torch
 
     folder = checkpoint.weights_folder(weights)
+    if checkpoint.lora is None:
+        return _load_whole(folder, allow_pickle, device, dtype)
+    key, kept = (folder, device, dtype), {} if bases is None else bases
+    if key not in kept:
+        kept.clear()
+        kept[key] = _load_whole(folder, allow_pickle, device, dtype).requires_grad_(False)
+    tensors = chain(kept[key].parameters(), kept[key].buffers())
+    model = copy.deepcopy(kept[key], {id(tensor): tensor for tensor in tensors})
+    with quiet_diffusers():
+        add_lora(model, checkpoint.lora, checkpoint.lora_alpha)
+        return model.to(device, getattr(torch, dtype)).eval()
+
+
+def _load_whole(folder: Path, allow_pickle: bool, device: str, dtype: str) -> Any:
+    import torch
+
     config = _read_config(folder)
     state = _read_weights(folder, allow_pickle)
     model = _make_from_config(folder / "config.json", config, "model")
@@ -175,8 +268,27 @@ def load_model(
         return model.to(device, getattr(torch, dtype)).eval()
 
 
+def describe_network(checkpoint: Checkpoint) -> Any:
+    """Make a checkpoint's network without its weights, to look at its class and configuration.
+
+    Args:
+        checkpoint: Which checkpoint.
+
+    Returns:
+        The network on the device ``meta``; it cannot be run.
+
+    Raises:
+        CheckpointError: If the configuration is missing, or diffusers does not know its class.
+    """
+    import torch
+
+    folder = checkpoint.model_folder
+    with torch.device("meta"):
+        return _make_from_config(folder / "config.json", _read_config(folder), "model")
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
-    return {k: v for k, v in _read_json(folder / "config.json").items() if k not in _EMA_KEYS}
+    return {k: v for k, v in read_json(folder / "config.json").items() if k not in _EMA_KEYS}
 
 
 # EMAModel.save_pretrained adds its own state to the model's config.json.
@@ -197,18 +309,8 @@ def _read_weights(folder: Path, allow_pickle: bool) -> "dict[str, Tensor]":
         raise CheckpointError(f"{folder} has a config.json but no weights: expected {WEIGHTS_FILE}.")
     state: dict[str, Tensor] = {}
     for path in files or pickles:
-        state |= _read_safetensors(path) if files else _read_pickle(path)
+        state |= read_tensors(path) if files else _read_pickle(path)
     return state
-
-
-def _read_safetensors(path: Path) -> "dict[str, Tensor]":
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Restore it or leave this checkpoint out.") from error
 
 
 def _read_pickle(path: Path) -> "dict[str, Tensor]":
@@ -260,9 +362,9 @@ def check_same_architecture(checkpoints: Sequence[Checkpoint], weights: WeightsN
         CheckpointError: If two configurations differ; the message names the settings.
     """
     first = checkpoints[0]
-    want = _read_config(first.weights_folder(weights))
+    want = _architecture(first, weights)
     for other in checkpoints[1:]:
-        found = _read_config(other.weights_folder(weights))
+        found = _architecture(other, weights)
         keys = sorted(k for k in want.keys() | found.keys() if not k.startswith("_") and want.get(k) != found.get(k))
         if keys or want.get("_class_name") != found.get("_class_name"):
             differences = "; ".join(f"{k} is {found.get(k)!r}, not {want.get(k)!r}" for k in keys or ["_class_name"])
@@ -272,12 +374,17 @@ def check_same_architecture(checkpoints: Sequence[Checkpoint], weights: WeightsN
             )
 
 
+def _architecture(checkpoint: Checkpoint, weights: WeightsName) -> dict[str, Any]:
+    config = _read_config(checkpoint.weights_folder(weights))
+    return config if checkpoint.lora is None else config | checkpoint.lora.architecture
+
+
 def load_scheduler(checkpoint: Checkpoint) -> Any:
     """Load the noise scheduler that belongs to a checkpoint.
 
     It is the one in the checkpoint's folder; else that of the record of its training, in one of the two folders above;
-    else the one of a pipeline there. The record comes before the pipeline, because scripts of ``diffusers`` save a
-    pipeline with the scheduler it samples with, which need not be the one it was trained with.
+    else the one of a pipeline there, or beside the base. The record comes before the pipeline, because scripts of
+    ``diffusers`` save a pipeline with the scheduler it samples with, which need not be the one it was trained with.
 
     Returns:
         A scheduler of its own ``diffusers`` class.
@@ -286,16 +393,17 @@ def load_scheduler(checkpoint: Checkpoint) -> Any:
         CheckpointError: If there is none, or diffusers does not know its class.
     """
     above = [checkpoint.folder.parent, checkpoint.folder.parent.parent]
+    base = [] if checkpoint.base_folder is None else [checkpoint.base_folder, checkpoint.base_folder.parent]
     places = [checkpoint.folder / "scheduler" / "scheduler_config.json"]
     places += [parent / "record" / "manifest.json" for parent in above]
-    places += [parent / "scheduler" / "scheduler_config.json" for parent in above]
+    places += [folder / "scheduler" / "scheduler_config.json" for folder in above + base]
     path = next((place for place in places if place.exists()), None)
     if path is None:
         raise CheckpointError(
             f"No scheduler/scheduler_config.json in {checkpoint.folder} or the two folders above it. Save the noise "
             "scheduler of the training there: scheduler.save_pretrained(folder / 'scheduler')."
         )
-    config = _read_json(path)
+    config = read_json(path)
     if path.name == "manifest.json":
         recorded = config.get("scheduler")
         if not isinstance(recorded, dict) or not isinstance(recorded.get("config"), dict):
@@ -368,16 +476,6 @@ def _make_from_config(path: Path, config: dict[str, Any], kind: Literal["model",
             return made_of.from_config(config)
     except Exception as error:  # a constructor raises whatever it likes about values that it does not know
         raise CheckpointError(f"No {name} can be made from {path}: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Restore it or leave this checkpoint out.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}. Restore it.")
-    return value
 
 
 @contextmanager

@@ -67,6 +67,23 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True)
+class ConditioningSettings:
+    """Where latents, captions or classes of a network come from. A network of pixels alone needs none of it."""
+
+    base: str | None = None
+    """Folder of the saved pipeline whose VAE and text encoders were used in training; of a LoRA, also of the model that
+    it adapts. Default: the model's own folder where that is a pipeline, else the folder that the record names."""
+    caption: str | None = None
+    """Caption of images that come without one, as the instance prompt of DreamBooth. Default: the record's."""
+    guidance_scale: float | None = None
+    """What a guidance-distilled network, such as FLUX.1 dev, was told in training. Default: the record's."""
+    max_sequence_length: int | None = None
+    """Tokens of a caption, of pipelines that leave the choice. Default: the record's, else the pipeline's own."""
+    class_names: tuple[str, ...] = ()
+    """Labels in the order of the network's classes. Default: in the order of their numbers, or of the alphabet."""
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """A ``diffusers.UNet2DModel`` and its noise schedule, when ``whence train`` makes the model."""
 

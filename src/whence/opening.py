@@ -1,18 +1,27 @@
 """Runs are opened and made here: by their folder, from a model that others trained, or by training one."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from whence._run_config import FORMAT_VERSION, check_config, recorded_loss, write_config
 from whence.checkpoints import list_checkpoints
-from whence.config import DataSettings, LossName, ModelSettings, TrainingSettings
+from whence.config import (
+    ConditioningSettings,
+    DataSettings,
+    LossName,
+    ModelSettings,
+    ObjectiveSettings,
+    TrainingSettings,
+)
 from whence.errors import ConfigError, check_choice
 from whence.pipeline import Run
 from whence.training import train
+
+SettingsT = TypeVar("SettingsT", DataSettings, ConditioningSettings, ObjectiveSettings)
 
 
 def open_run(
@@ -23,6 +32,8 @@ def open_run(
     out: str | Path | None = None,
     loss: LossName | None = None,
     allow_pickle: bool = False,
+    conditioning: ConditioningSettings | Mapping[str, Any] | None = None,
+    objective: ObjectiveSettings | Mapping[str, Any] | None = None,
 ) -> Run:
     """Open a run, or a model that others trained.
 
@@ -33,6 +44,8 @@ def open_run(
         out: Folder for scores and report of a foreign model.
         loss: Training loss of a foreign model. Default: mse, as in the training scripts of ``diffusers``.
         allow_pickle: Also read ``.bin`` weights.
+        conditioning: Where latents, captions or classes of the network come from.
+        objective: What a training without a record added to noise and loss. Default: nothing.
 
     Returns:
         The run; nothing of the model is loaded yet.
@@ -44,7 +57,8 @@ def open_run(
     if loss is not None:
         check_choice("loss", loss, LossName)
     if (folder / "config.yaml").exists():
-        return _known_run(folder, data, data_settings, out, loss, allow_pickle)
+        known = _known_run(folder, data, data_settings, out, loss, allow_pickle)
+        return _with_network_settings(known, conditioning, objective)
     list_checkpoints(folder)  # raises, saying what is accepted
     recorded = recorded_loss(folder)
     if data is None:
@@ -65,7 +79,30 @@ def open_run(
     )
     check_config(run)
     write_config(run)
-    return run
+    return _with_network_settings(run, conditioning, objective)
+
+
+def _with_network_settings(
+    run: Run,
+    conditioning: ConditioningSettings | Mapping[str, Any] | None,
+    objective: ObjectiveSettings | Mapping[str, Any] | None,
+) -> Run:
+    """Put what the user says now in the place of what the run was opened with before, and keep it."""
+    changed = replace(
+        run,
+        conditioning=_changed(run.conditioning, conditioning),
+        objective=_changed(run.objective or ObjectiveSettings(), objective) if objective else run.objective,
+    )
+    if changed.objective is not None and (run.model / "record" / "manifest.json").exists():
+        said = [
+            name for name, value in asdict(changed.objective).items() if value != getattr(ObjectiveSettings(), name)
+        ]
+        raise ConfigError(
+            f"{run.model} has a record, which says what training added to noise and loss. Leave out {', '.join(said)}."
+        )
+    if changed != run:
+        write_config(changed)
+    return changed
 
 
 def train_run(
@@ -94,7 +131,7 @@ def train_run(
     """
     settings = settings or TrainingSettings()
     run = Run(Path(folder), data, data_settings or DataSettings(), Path(folder), settings.loss)
-    images = run.train_images  # opened first, so that nothing is written where the images are at fault
+    images = run.opened_images  # opened first, so that nothing is written where the images are at fault
     check_config(run)
     train(
         run.folder,
@@ -121,7 +158,15 @@ def _known_run(
         config = yaml.safe_load((folder / "config.yaml").read_text())
         found = config["format_version"]
         model = folder / config["model"]
-        known = Run(folder, config["data"]["source"], DataSettings(**config["data"]["settings"]), model, config["loss"])
+        known = Run(
+            folder,
+            config["data"]["source"],
+            DataSettings(**config["data"]["settings"]),
+            model,
+            config["loss"],
+            conditioning=_from_yaml(ConditioningSettings, config.get("conditioning")),
+            objective=_from_yaml(ObjectiveSettings, config["objective"]) if config.get("objective") else None,
+        )
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
         raise ConfigError(f"{folder / 'config.yaml'} is not a configuration of whence: {error!r}.") from error
     if found != FORMAT_VERSION:
@@ -143,7 +188,13 @@ def _known_run(
     return run
 
 
-def _changed(settings: DataSettings, changes: DataSettings | Mapping[str, Any] | None) -> DataSettings:
-    if changes is None or isinstance(changes, DataSettings):
-        return changes or settings
-    return replace(settings, **changes)
+def _changed(settings: SettingsT, changes: SettingsT | Mapping[str, Any] | None) -> SettingsT:
+    if isinstance(changes, Mapping):
+        values: dict[str, Any] = {str(name): value for name, value in changes.items()}
+        return replace(settings, **values)
+    return changes or settings
+
+
+def _from_yaml(kind: type[SettingsT], found: Mapping[str, Any] | None) -> SettingsT:
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in (found or {}).items()}
+    return kind(**values)

@@ -48,6 +48,11 @@ class Subject:
     def _hashes(self) -> dict[tuple[int, str], str]:
         return {}
 
+    @cached_property
+    def _bases(self) -> dict[Any, Any]:
+        """Base of the LoRA that was loaded last."""
+        return {}
+
     def describe(self, checkpoints: Sequence[Checkpoint], settings: GradientSettings) -> dict[str, Any]:
         """Name all that gradients at some checkpoints depend on."""
         for c in checkpoints:
@@ -87,6 +92,7 @@ class Subject:
             allow_pickle=self.allow_pickle,
             device=settings.device,
             dtype=settings.dtype,
+            bases=self._bases,
         )
         check_model(model)
         check_inputs(model, self.train, str(checkpoint.folder))

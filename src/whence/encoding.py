@@ -1,0 +1,329 @@
+"""Encoding of images for networks of latents, captions or classes: which encoder it takes, and a cache of its work.
+
+    cache/encoded/<hash>/latents-<first>.safetensors    256 images: mean (deviation, mirrored_mean, mirrored_deviation)
+    cache/encoded/<hash>/conditions.safetensors         an array for each argument of the network
+
+The hash is that of the encoder, the images, their captions and of what is asked for. What is there is not made again,
+so that an encoding that was interrupted goes on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float32
+from numpy import ndarray
+
+from whence._array_files import read_arrays, write_arrays
+from whence._files import sha256_of_json
+from whence.checkpoints import Checkpoint, describe_network
+from whence.config import ConditioningSettings
+from whence.data import ImageData, abbreviate
+from whence.diffusion.adapters import channels_of, check_model, needed_conditions
+from whence.encoded import Arrays, Conditions, Encoded, Latents
+from whence.errors import CheckpointError, ConfigError, DataError
+from whence.pipeline_encoder import PipelineEncoder
+from whence.progress import progress_bar
+from whence.record import Record
+
+BLOCK = 256
+"""Images in a file of the cache."""
+_BATCH = 8
+"""Images that go through a VAE at once."""
+
+
+class Encoder(Protocol):
+    """Makes latents of images, or conditions of captions or labels, or both."""
+
+    @property
+    def hash(self) -> str:
+        """Hash of all that what it makes depends on."""
+        ...
+
+    @property
+    def has_vae(self) -> bool:
+        """Whether the network sees latents."""
+        ...
+
+    def latents(self, pixels: Float32[ndarray, "row channel height width"], *, with_deviation: bool) -> Latents:
+        """Encode images; called only with a VAE."""
+        ...
+
+    def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Arrays:
+        """Encode what conditions are made of."""
+        ...
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How the images of a model are encoded."""
+
+    encoder: Encoder
+    reads: str | None
+    """What conditions are made of: ``captions``, ``labels``, or None for an unconditional network."""
+    caption: str | None = None
+    """Caption of images without one."""
+    mirrored: bool = False
+    """Whether training mirrored images before they were encoded."""
+    drawn: bool = False
+    """Whether training drew latents from the VAE's posterior."""
+
+    def encode(self, images: ImageData, cache: Path, *, show_progress: bool = True) -> ImageData:
+        """Put latents and conditions beside images.
+
+        Args:
+            images: Images, with the captions or labels that the network is told.
+            cache: Folder for what is encoded.
+            show_progress: Show a progress bar.
+
+        Returns:
+            The images with an ``encoding``.
+
+        Raises:
+            DataError: If captions or labels are missing.
+            CheckpointError: If a part of the pipeline is missing or does not fit the images.
+        """
+        texts = self._texts(images)
+        key = sha256_of_json([self.encoder.hash, images.fingerprint, texts, self.mirrored, self.drawn])
+        folder = cache / "encoded" / key[:16]
+        latents = mirrored = None
+        if self.encoder.has_vae:
+            arrays = self._latents(images, folder, show_progress)
+            latents = Latents(arrays["mean"], arrays.get("deviation"))
+            if self.mirrored:
+                mirrored = Latents(arrays["mirrored_mean"], arrays.get("mirrored_deviation"))
+        conditions = None if texts is None else self._conditions(texts, images, folder)
+        return replace(images, encoding=Encoded(self.encoder.hash, latents, mirrored, conditions))
+
+    def _texts(self, images: ImageData) -> list[str] | None:
+        """Give the caption or label of each image."""
+        if self.reads is None:
+            return None
+        found = images.captions if self.reads == "captions" else images.labels
+        texts = [text or self.caption or "" for text in found or [""] * len(images)]
+        empty = [images.ids[row] for row, text in enumerate(texts) if not text]
+        if empty and (self.reads == "labels" or len(empty) == len(images)):
+            what, option = ("label", "--label-column") if self.reads == "labels" else ("caption", "--caption-column")
+            raise DataError(
+                f"The network is told the {what} of each image; {len(empty)} of {len(images)} images of "
+                f"{images.source} have none: {abbreviate(empty)}. Name the column with {option}, or a metadata.jsonl "
+                "beside the images" + ("; or give one caption for all with --caption." if what == "caption" else ".")
+            )
+        return texts
+
+    def _conditions(self, texts: list[str], images: ImageData, folder: Path) -> Conditions:
+        withheld = [""] if self.reads == "captions" else []
+        distinct = sorted({*texts, *withheld})
+        path = folder / "conditions.safetensors"
+        if path.exists():
+            arrays: Arrays = read_arrays(path)
+        else:
+            size = (images.height, images.width)
+            parts = [
+                self.encoder.conditions(distinct[start : start + BLOCK], size)
+                for start in range(0, len(distinct), BLOCK)
+            ]
+            arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            folder.mkdir(parents=True, exist_ok=True)
+            write_arrays(path, dict(arrays))
+        which = {text: k for k, text in enumerate(distinct)}
+        return Conditions(
+            tuple(distinct), arrays, np.array([which[text] for text in texts], dtype=np.int64), which.get("")
+        )
+
+    def _latents(self, images: ImageData, folder: Path, show_progress: bool) -> dict[str, ndarray]:
+        folder.mkdir(parents=True, exist_ok=True)
+        blocks = []
+        with progress_bar("encode", len(images), "image", shown=show_progress) as bar:
+            for start in range(0, len(images), BLOCK):
+                rows = range(start, min(start + BLOCK, len(images)))
+                path = folder / f"latents-{start:08d}.safetensors"
+                if not path.exists():
+                    write_arrays(path, self._encode_block(images, rows))
+                blocks.append(read_arrays(path))
+                bar.update(len(rows))
+        return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+    def _encode_block(self, images: ImageData, rows: range) -> dict[str, ndarray]:
+        parts: dict[str, list[ndarray]] = {}
+        for start in range(rows.start, rows.stop, _BATCH):
+            pixels = images.pixels(range(start, min(start + _BATCH, rows.stop)))
+            ways = {"": pixels} | ({"mirrored_": np.ascontiguousarray(pixels[..., ::-1])} if self.mirrored else {})
+            for prefix, some in ways.items():
+                latents = self.encoder.latents(some, with_deviation=self.drawn)
+                parts.setdefault(f"{prefix}mean", []).append(latents.mean)
+                if latents.deviation is not None:
+                    parts.setdefault(f"{prefix}deviation", []).append(latents.deviation)
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+@dataclass(frozen=True)
+class LabelEncoder:
+    """Numbers the classes of a class-conditional network.
+
+    Raises:
+        ConfigError: If there are more classes than the network has.
+    """
+
+    names: tuple[str, ...]
+    """Labels in the order of the network's classes."""
+    num_classes: int
+    vae: PipelineEncoder | None = None
+    """The pipeline whose VAE is used, of a network of latents."""
+
+    def __post_init__(self):
+        if len(self.names) > self.num_classes:
+            raise ConfigError(
+                f"The network has {self.num_classes} classes; the images have {len(self.names)} labels: "
+                f"{abbreviate(self.names)}. Give the labels of the training, in its order, with --class-names."
+            )
+
+    @property
+    def hash(self) -> str:
+        """Hash of the order of the labels, and of the VAE."""
+        return sha256_of_json([self.names, self.vae and self.vae.hash])
+
+    @property
+    def has_vae(self) -> bool:
+        """Whether the network sees latents."""
+        return self.vae is not None and self.vae.has_vae
+
+    def latents(self, pixels: Float32[ndarray, "row channel height width"], *, with_deviation: bool) -> Latents:
+        """Encode images with the pipeline's VAE."""
+        assert self.vae is not None  # asked only where there is one
+        return self.vae.latents(pixels, with_deviation=with_deviation)
+
+    def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Arrays:
+        """Give the number of each label.
+
+        Args:
+            texts: Labels.
+            size: Of no account.
+
+        Returns:
+            ``class_labels``.
+
+        Raises:
+            DataError: If a label is none of the training's.
+        """
+        unknown = [text for text in texts if text not in self.names]
+        if unknown:
+            raise DataError(
+                f"The network knows the labels {', '.join(self.names)}; found {abbreviate(unknown)}. Label the images "
+                "as those of the training, or give the order of its classes with --class-names."
+            )
+        return {"class_labels": np.array([self.names.index(text) for text in texts], dtype=np.int64)}
+
+
+def find_encoding(
+    checkpoint: Checkpoint,
+    images: ImageData,
+    record: Record | None,
+    settings: ConditioningSettings,
+    *,
+    device: str = "cpu",
+) -> Encoding | None:
+    """Find out how the images of a model are to be encoded.
+
+    Args:
+        checkpoint: Any checkpoint of the model.
+        images: Training images, as opened.
+        record: Record of the training, or None.
+        settings: What the user said.
+        device: Where VAE and text encoders run.
+
+    Returns:
+        The encoding, or None where the network sees pixels and is told nothing.
+
+    Raises:
+        CheckpointError: If the network needs a pipeline that is not found.
+        ConfigError: If something is needed that nothing says; all of it in one message.
+    """
+    network = describe_network(checkpoint)
+    check_model(network)
+    needs = needed_conditions(network)
+    settings = _with_recorded(settings, record)
+    pipeline = _pipeline_of(checkpoint, settings)
+    if not needs and pipeline is None and channels_of(network) in (1, 3):
+        return None
+    encoder: Encoder
+    if "class_labels" in needs:
+        vae = _encoder_of(pipeline, network, settings)
+        encoder = LabelEncoder(settings.class_names or _class_names(images), _num_classes(network), vae)
+        reads = "labels"
+    else:
+        encoder = _need_pipeline(pipeline, network, needs, settings, checkpoint, device)
+        reads = "captions" if needs else None
+    if reads is None and not encoder.has_vae:
+        return None
+    flips = record is not None and bool(record.visits.flip.any() or record.probes.flip.any())
+    drawn = record is not None and record.manifest.get("latents") == "sample"
+    return Encoding(encoder, reads, settings.caption, encoder.has_vae and flips, encoder.has_vae and drawn)
+
+
+def _need_pipeline(
+    pipeline: Path | None,
+    network: Any,
+    needs: tuple[str, ...],
+    settings: ConditioningSettings,
+    checkpoint: Checkpoint,
+    device: str,
+) -> PipelineEncoder:
+    if pipeline is None:
+        told = f"is told {', '.join(needs)}" if needs else f"takes {channels_of(network)} channels, which are latents"
+        raise CheckpointError(
+            f"The {type(network).__name__} in {checkpoint.folder} {told}. Give the pipeline that it was trained "
+            "from, a folder with a model_index.json, with --base."
+        )
+    if "guidance" in needs and settings.guidance_scale is None:
+        raise ConfigError(
+            f"The {type(network).__name__} in {checkpoint.folder} is told a guidance scale. Give that of the training "
+            "(its script's --guidance_scale) with --guidance-scale."
+        )
+    if "guidance" not in needs and settings.guidance_scale is not None:
+        settings = replace(settings, guidance_scale=None)  # scripts have the flag whether the network is told or not
+    return PipelineEncoder(pipeline, type(network).__name__, settings, device)
+
+
+def _encoder_of(pipeline: Path | None, network: Any, settings: ConditioningSettings) -> PipelineEncoder | None:
+    return None if pipeline is None else PipelineEncoder(pipeline, type(network).__name__, settings)
+
+
+def _pipeline_of(checkpoint: Checkpoint, settings: ConditioningSettings) -> Path | None:
+    """Find the pipeline's folder: the one that was named, or one around the checkpoint."""
+    if settings.base is not None:
+        return Path(settings.base)
+    around = (checkpoint.folder, *list(checkpoint.folder.parents)[:2])
+    return next((folder for folder in around if (folder / "model_index.json").exists()), None)
+
+
+def _with_recorded(settings: ConditioningSettings, record: Record | None) -> ConditioningSettings:
+    """Fill in what the training script was told, by the names of its flags."""
+    if record is None:
+        return settings
+    config = record.manifest["config"]
+    named = config.get("pretrained_model_name_or_path")
+    found = {
+        "base": named if isinstance(named, str) and (Path(named) / "model_index.json").exists() else None,
+        "caption": config.get("instance_prompt"),
+        "guidance_scale": config.get("guidance_scale"),
+        "max_sequence_length": config.get("max_sequence_length"),
+    }
+    return replace(settings, **{name: value for name, value in found.items() if getattr(settings, name) is None})
+
+
+def _class_names(images: ImageData) -> tuple[str, ...]:
+    """Put labels into order: numbers by their value, names by the alphabet, as imagefolder does."""
+    if images.labels is None:
+        return ()
+    distinct = set(images.labels) - {""}
+    if all(label.isdigit() for label in distinct):
+        return tuple(str(k) for k in range(max(map(int, distinct), default=-1) + 1))
+    return tuple(sorted(distinct))
+
+
+def _num_classes(network: Any) -> int:
+    config = network.config
+    return getattr(config, "num_class_embeds", None) or getattr(config, "num_embeds_ada_norm", None) or 0
