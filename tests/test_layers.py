@@ -53,6 +53,7 @@ LAYER_OF = {
     "_recorder_checks": "stages",
     "_recorder_folder": "stages",
     "_recorder_manifest": "stages",
+    "_recorder_pass": "stages",
     "_script_flags": "stages",
     "_accelerated": "stages",
     "sampling": "stages",

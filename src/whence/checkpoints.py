@@ -154,9 +154,7 @@ def _as_checkpoint(folder: Path, step: int) -> Checkpoint | None:
     return Checkpoint(step, folder, model_folder, ema if (ema / "config.json").exists() else None)
 
 
-def _on_base(
-    found: list[Checkpoint], path: Path, base: Path | None, lora_alpha: float | None
-) -> list[Checkpoint]:
+def _on_base(found: list[Checkpoint], path: Path, base: Path | None, lora_alpha: float | None) -> list[Checkpoint]:
     """Say of what base the LoRAs among some checkpoints are."""
     loras = [c for c in found if c.lora is not None]
     if not loras:

@@ -340,7 +340,9 @@ def _check_settings(lora: LoraFiles, ranks: dict[str, int], default: Any) -> dic
             continue
         if key == "init_lora_weights":
             if value not in _PLAIN_STARTS:
-                faults.append(f"init_lora_weights {value!r} (it changed the base, which is to be saved with the change)")
+                faults.append(
+                    f"init_lora_weights {value!r} (it changed the base, which is to be saved with the change)"
+                )
         elif key != "bias" or value != "none":
             if not hasattr(default, key) or value != getattr(default, key):
                 faults.append(f"{key} {value!r}")

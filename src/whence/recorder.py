@@ -15,6 +15,7 @@ import atexit
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,14 @@ from whence._recorder_checks import (
     checked_crops,
     checked_dropped,
     checked_ids,
-    checked_losses,
     checked_norm,
     checked_optimizer,
-    checked_weights,
     whole_number,
 )
 from whence._recorder_folder import RecorderFolder
 from whence._recorder_manifest import as_dict, make_manifest
 from whence._recorder_manifest import objective_of as objective_of
+from whence._recorder_pass import Pass
 from whence._script_flags import check_draws, check_flags, prior_weights, scheduler_of_training
 from whence.checkpoints import Checkpoint, save_checkpoint
 from whence.config import LossName, ObjectiveSettings
@@ -98,9 +98,11 @@ class Recorder:
         self.optimizer = checked_optimizer(optimizer)
         self._settings = settings = as_dict(config)
         check_flags(settings)
-        self._accelerated = None if accelerator is None else Accelerated.of(accelerator, optimizer, settings)
+        self._accelerated = None if accelerator is None else Accelerated(accelerator, settings)
         self.scheduler = scheduler_of_training(scheduler, settings)
         self.process = NoiseProcess.from_scheduler(self.scheduler, objective or objective_of(settings))
+        plain = replace(self.process.objective, precondition_outputs=False)
+        self._weight_of_elements = replace(self.process, objective=plain).loss_weight
         self.rank = whole_number("rank", accelerator.process_index if accelerator else rank, 0, MAX_UINT16)
         self.seed = whole_number("seed", _first(seed, settings.get("seed"), 0), -(2**63), 2**64 - 1)
         self.max_grad_norm = checked_norm(_first(max_grad_norm, settings.get("max_grad_norm")))
@@ -121,7 +123,7 @@ class Recorder:
             self.folder, manifest, self.rank, resume_from, may_load=may_load, same_config=same_config
         )
         self.last_step = resume_from or 0
-        self._open: dict[str, Any] | None = None
+        self._open: Pass | None = None
         self._step_rows: list[dict[str, Any]] = []
         self._part_rows: list[dict[str, Any]] = []
         self._occurrences: Counter[str] = Counter()
@@ -207,8 +209,8 @@ class Recorder:
         """
         if self._open is None:
             raise RecordError("There is no pass under way; call draw() first.")
-        self._open["input_noise_asked"] = True
-        return self._seen_noise
+        self._open.asks_for_input = False
+        return self._open.noise_of_input
 
     def draw(
         self,
@@ -240,7 +242,7 @@ class Recorder:
         check_floating(like)
         tops_lefts = checked_crops(crops, len(sample_ids))
         dropped = checked_dropped(condition_dropped, len(sample_ids))
-        priors = prior_weights(self._settings, sample_ids)
+        priors = torch.tensor(prior_weights(self._settings, sample_ids))
         self._leave_open_pass()
         self._begin_if_not_loaded()
         prepared = self._take_prepared(sample_ids)
@@ -250,21 +252,26 @@ class Recorder:
         self._occurrences.update(sample_ids)
         timesteps = torch.tensor([self.process.drawn_timestep(key) for key in keys], dtype=torch.long)
         times = self.process.times(timesteps)
-        self._open = {
-            "ids": sample_ids,
+        noise, seen = (torch.from_numpy(n).to(like) for n in self.process.noise(keys, tuple(like.shape[1:])))
+        columns = {
             "noise_key": keys,
             "model_time": times.tolist(),
             "sigma": self.process.sigma[timesteps].tolist(),
-            "own_weight": (self.process.loss_weight[timesteps] * torch.tensor(priors)).tolist(),
             "flip": prepared.get("flip", [False] * len(keys)),
             "crop_top": tops_lefts[:, 0].tolist(),
             "crop_left": tops_lefts[:, 1].tolist(),
             "condition_dropped": prepared.get("condition_dropped", dropped.tolist()),
         }
-        self._drawn_at_rate = self._learning_rate() if self._accelerated else None
-        noise, self._seen_noise = (
-            torch.from_numpy(n).to(like) for n in self.process.noise(keys, tuple(like.shape[1:]))
+        self._open = Pass(
+            sample_ids,
+            columns,
+            self.process.loss_weight[timesteps] * priors,
+            self._weight_of_elements[timesteps] * priors,
+            seen,
+            asks_for_input=self.process.objective.input_perturbation > 0,
+            with_prior=bool(self._settings.get("with_prior_preservation")),
         )
+        self._drawn_at_rate = self._learning_rate() if self._accelerated else None
         return noise, times.to(like.device)
 
     def accumulate(self, loss_per_sample: Float[Tensor, "event *shape"], *, loss_weight: Any = None) -> None:
@@ -282,12 +289,14 @@ class Recorder:
     ) -> None:
         """Close the last forward pass of an optimizer step. Call it before the learning-rate scheduler steps.
 
-        With an accelerator, call it once for each batch: whether that ends an optimizer step, the accelerator knows.
+        With an accelerator, call it once for each batch, right after ``accelerator.backward``: whether that ends an
+        optimizer step, the accelerator knows, and the norm of the gradients is measured.
 
         Args:
             loss_per_sample: Losses whose mean is minimised, their weight included; not yet averaged over the batch. Or
                 losses of all elements, as ``mse_loss(..., reduction="none")`` gives them, without a weight: they are
-                averaged over each sample and multiplied with its weight.
+                averaged over each sample and multiplied with its weight. Under ``precondition_outputs`` they are of
+                clean images, as the scripts compare them.
             grad_norm: Gradient norm before clipping, as ``clip_grad_norm_`` returns it.
             loss_weight: Factor inside each loss. Default: that of the objective (``snr_gamma``, ``weighting_scheme``,
                 ``precondition_outputs``), 1 without one.
@@ -305,7 +314,9 @@ class Recorder:
         accelerated = self._accelerated
         if accelerated and not accelerated.ends_step():
             return self.accumulate(loss_per_sample, loss_weight=loss_weight)
-        skipped = skipped or bool(accelerated and accelerated.was_skipped(self.optimizer, grad_norm))
+        if accelerated:
+            grad_norm, is_skipped = accelerated.norm_and_skip(self.optimizer, grad_norm, self.max_grad_norm)
+            skipped = skipped or is_skipped
         clip_coefficient = 0.0 if skipped else self._clip_coefficient(grad_norm)
         self.accumulate(loss_per_sample, loss_weight=loss_weight)
         if not math.isfinite(clip_coefficient):
@@ -440,8 +451,8 @@ class Recorder:
             return
         if not self._accelerated or self._accelerated.accelerator.gradient_accumulation_steps == 1:
             raise RecordError("draw() was called twice; close the first pass with step(), accumulate() or probe().")
-        unknown = torch.full((len(self._open["ids"]),), math.nan)
-        self._step_rows.append(self._rows_of_pass(unknown, unknown[:0], micro_batch=len(self._step_rows)))
+        self._step_rows.append(self._open.rows_without_loss(len(self._step_rows)))
+        self._open = None
 
     def _prepare(self, sample_ids: Sequence[str]) -> dict[str, Any]:
         """Give the place for what is drawn of a batch before its noise."""
@@ -471,37 +482,7 @@ class Recorder:
     def _close(self, loss_per_sample: Tensor, loss_weight: Tensor | None, micro_batch: int) -> dict[str, Any]:
         if self._open is None:
             raise RecordError("There is no pass to close; call draw() first, once for each forward pass.")
-        num_samples = len(self._open["ids"])
-        if self.process.objective.input_perturbation and "input_noise_asked" not in self._open:
-            raise RecordError(
-                "Under input_perturbation the noisy image takes other noise than the target. Make it of "
-                "recorder.noise_of_input(), which must be called between draw() and step()."
-            )
-        weights = torch.tensor(self._open["own_weight"])
-        if loss_weight is not None:
-            weights = checked_weights(loss_weight, num_samples)
-        losses = checked_losses(
-            loss_per_sample, weights, self._seen_noise.shape, bool(self._settings.get("with_prior_preservation"))
-        )
-        if not losses.isfinite().all():
-            bad = [i for i, ok in zip(self._open["ids"], losses.isfinite().tolist(), strict=True) if not ok]
-            raise NumericsError(
-                f"The loss is not finite at step {self.last_step + 1} for sample {', '.join(bad[:5])}. "
-                "Lower the learning rate, or look at these images."
-            )
-        return self._rows_of_pass(losses, weights, micro_batch)
-
-    def _rows_of_pass(self, losses: Tensor, weights: Tensor, micro_batch: int) -> dict[str, Any]:
-        assert self._open is not None  # the caller has looked
-        num_samples = len(self._open["ids"])
-        rows = self._open | _constant(num_samples, micro_batch=micro_batch)
-        own = rows.pop("own_weight")
-        rows.pop("input_noise_asked", None)
-        rows |= {
-            "slot": list(range(num_samples)),
-            "loss": losses.tolist(),
-            "loss_weight": weights.tolist() if len(weights) else own,
-        }
+        rows = self._open.rows(loss_per_sample, loss_weight, step=self.last_step + 1, micro_batch=micro_batch)
         self._open = None
         return rows
 
