@@ -1,16 +1,23 @@
 """A training in the shape of diffusers' train_dreambooth_lora.py, with prior preservation."""
 
-import os
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
-from tiny_training import make_accelerator, open_dataset, parse_args, register_hooks, resume, save, to_pixels
-from tiny_training import weight_dtype_of
+from tiny_training import (
+    make_accelerator,
+    open_dataset,
+    parse_args,
+    register_hooks,
+    resume,
+    save,
+    to_pixels,
+    weight_dtype_of,
+)
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from whence import Recorder
@@ -68,7 +75,7 @@ def main(args):
     def load_network(network, folder):
         state, _ = StableDiffusionPipeline.lora_state_dict(folder)
         state = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
-        set_peft_model_state_dict(network, state, adapter_name="default")
+        set_peft_model_state_dict(network, convert_unet_state_dict_to_peft(state), adapter_name="default")
 
     register_hooks(accelerator, save_network, load_network)
     optimizer = torch.optim.AdamW(params_to_optimize, lr=args.learning_rate)
@@ -133,6 +140,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = parse_args(instance_prompt="a dog", class_prompt="an animal", with_prior_preservation=0, prior_loss_weight=1.0)
+    args = parse_args(
+        instance_prompt="a dog", class_prompt="an animal", with_prior_preservation=0, prior_loss_weight=1.0
+    )
     args.with_prior_preservation = bool(args.with_prior_preservation)
     main(args)

@@ -8,8 +8,16 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
-from tiny_training import make_accelerator, open_dataset, parse_args, register_hooks, resume, save, to_pixels
-from tiny_training import weight_dtype_of
+from tiny_training import (
+    make_accelerator,
+    open_dataset,
+    parse_args,
+    register_hooks,
+    resume,
+    save,
+    to_pixels,
+    weight_dtype_of,
+)
 
 from whence import Recorder
 

@@ -7,8 +7,16 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
-from tiny_training import make_accelerator, open_dataset, parse_args, register_hooks, resume, save, to_pixels
-from tiny_training import weight_dtype_of
+from tiny_training import (
+    make_accelerator,
+    open_dataset,
+    parse_args,
+    register_hooks,
+    resume,
+    save,
+    to_pixels,
+    weight_dtype_of,
+)
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from whence import Recorder

@@ -88,7 +88,9 @@ def main(args):
                 global_step += 1
                 save(accelerator, args, global_step)
                 if accelerator.is_main_process and global_step % args.checkpointing_steps == 0:
-                    save_lora(accelerator.unwrap_model(unet), os.path.join(args.output_dir, f"checkpoint-{global_step}"))
+                    save_lora(
+                        accelerator.unwrap_model(unet), os.path.join(args.output_dir, f"checkpoint-{global_step}")
+                    )
             if global_step >= args.max_train_steps:
                 break
 

@@ -68,6 +68,7 @@ def main(args):
             with accelerator.accumulate(model):
                 model_output = model(noisy_images, timesteps).sample
                 loss = F.mse_loss(model_output.float(), noise.float())
+                print("loss", float(loss.detach()))
                 accelerator.backward(loss)
                 recorder.step(F.mse_loss(model_output.float(), noise.float(), reduction="none"))
                 if accelerator.sync_gradients:
