@@ -1,18 +1,14 @@
 """LoRA checkpoints: every form in which they are saved opens, and what does not fit is refused."""
 
 import copy
-import json
-import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from conftest import toy_images
 from engine.contract import loss
 from lora_models import (
     NETWORKS,
@@ -24,17 +20,10 @@ from lora_models import (
     save_diffusers,
     save_peft,
 )
-from whence.checkpoints import Checkpoint, check_same_architecture, list_checkpoints, load_model, load_scheduler
-from whence.config import GradientSettings
-from whence.data import ImageData
+from whence.checkpoints import list_checkpoints, load_model
 from whence.diffusion.adapters import predict
-from whence.encoded import Conditions, Encoded, Latents
 from whence.engine.capture import Capture
 from whence.engine.sinks import DotSink, GatherSink, Layout
-from whence.errors import CheckpointError, NumericsError
-from whence.event_table import grid_events, make_batch
-from whence.methods import Grid
-from whence.subject import Subject
 
 NUM_EVENTS = 4
 FILE = "pytorch_lora_weights.safetensors"
@@ -131,6 +120,8 @@ class TestOpening:
 
     def test_alphas_of_a_file(self, tmp_path: Path):
         trained = save("diffusers, none", "sd", tmp_path)
-        alphas = {f"{key.partition('.lora.')[0]}.alpha": torch.tensor(3.0) for key in load_file(tmp_path / "lora" / FILE)}
+        alphas = {
+            f"{key.partition('.lora.')[0]}.alpha": torch.tensor(3.0) for key in load_file(tmp_path / "lora" / FILE)
+        }
         edit(tmp_path / "lora", lambda state: state.update(alphas))
         torch.testing.assert_close(output(open_lora(tmp_path)), output(trained), rtol=1e-12, atol=1e-12)

@@ -4,6 +4,7 @@ Images are 16 x 16, latents 4 x 8 x 8. Weights depend on a seed alone.
 """
 
 import string
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ WIDTH = 8
 
 def save_pipeline(kind: str, folder: Path, *, seed: int = 0, **scheduler: Any) -> Path:
     """Save a pipeline of a kind: sd, sdxl, sd3, flux, pixart, sana, dit, latents, pixels."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of settings that are older than what diffusers advises
         torch.manual_seed(seed)
         PIPELINES[kind](scheduler).save_pretrained(folder)
     return folder

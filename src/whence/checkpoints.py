@@ -12,7 +12,6 @@ pipeline with ``model_index.json``, a single model folder) open as they are, and
 """
 
 import copy
-
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

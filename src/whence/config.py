@@ -79,6 +79,8 @@ class ConditioningSettings:
     """What a guidance-distilled network, such as FLUX.1 dev, was told in training. Default: the record's."""
     max_sequence_length: int | None = None
     """Tokens of a caption, of pipelines that leave the choice. Default: the record's, else the pipeline's own."""
+    lora_alpha: float | None = None
+    """Alpha of a LoRA whose files do not say it. Default: its rank, as diffusers has it."""
     class_names: tuple[str, ...] = ()
     """Labels in the order of the network's classes. Default: in the order of their numbers, or of the alphabet."""
 

@@ -79,6 +79,8 @@ class ImageData:
     """How a sampler came to these images, where that was kept."""
     encoding: Encoded | None = None
     """What the network sees of them, where that is not the pixels alone."""
+    masks: Float32[ndarray, "row height width"] | None = None
+    """Which part of each image counts, 0 to 1; None: all of it. See :mod:`whence.regions`."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,9 +88,16 @@ class ImageData:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over every id and what the model sees of it, in order; what a model is not shown does not count."""
-        if self.encoding is None:
-            return fingerprint_of(self.ids, self.hashes)
-        return fingerprint_of(self.ids, map("".join, zip(self.hashes, self.encoding.hashes, strict=True)))
+        hashes = [
+            self.hashes,
+            *([self.encoding.hashes] if self.encoding else []),
+            *([self._mask_hashes] if self.masks is not None else []),
+        ]
+        return fingerprint_of(self.ids, map("".join, zip(*hashes, strict=True)))
+
+    @property
+    def _mask_hashes(self) -> list[str]:
+        return [hash_pixels(mask[None]) for mask in ([] if self.masks is None else self.masks)]
 
     @cached_property
     def hashes(self) -> tuple[str, ...]:
@@ -180,6 +189,31 @@ class ImageData:
             return {}
         return self.encoding.conditions.take(np.array(self._checked(rows), dtype=np.int64), dropped)
 
+    def region(self, rows: Sequence[SupportsIndex] | ndarray) -> Float32[ndarray, "row height width"] | None:
+        """Give which part of what is noised counts, as a mean over the pixels of each latent; None: all of it.
+
+        Args:
+            rows: Positions in 0..len-1, in any order.
+
+        Returns:
+            Weights from 0 to 1 with the height and width of :attr:`input_shape`.
+
+        Raises:
+            DataError: If the latents do not divide the pixels evenly.
+        """
+        if self.masks is None:
+            return None
+        masks, (_, height, width) = self.masks[self._checked(rows)], self.input_shape
+        if masks.shape[1:] == (height, width):
+            return masks.copy()
+        if masks.shape[1] % height or masks.shape[2] % width:
+            raise DataError(
+                f"A mask of {masks.shape[1]} x {masks.shape[2]} pixels cannot be brought to latents of {height} x "
+                f"{width}. Give --resolution, a multiple of what the VAE shrinks to one."
+            )
+        steps = len(masks), height, masks.shape[1] // height, width, masks.shape[2] // width
+        return masks.reshape(steps).mean(axis=(2, 4))
+
     def picture(self, row: SupportsIndex) -> bytes:
         """Give an image for people to look at, as it came but in RGB; a DataError if its source has gone.
 
@@ -229,6 +263,7 @@ class ImageData:
             _entries=take(self._entries),
             trajectories=self.trajectories and self.trajectories.select(rows),
             encoding=self.encoding and self.encoding.select(rows),
+            masks=None if self.masks is None else self.masks[rows],
         )
 
     def _checked(self, rows: Sequence[SupportsIndex] | ndarray) -> list[int]:
@@ -420,6 +455,12 @@ def concatenate(parts: Sequence[ImageData]) -> ImageData:
             return None
         return tuple(text for part, column in zip(parts, columns, strict=True) for text in column or [""] * len(part))
 
+    def join_masks() -> ndarray | None:
+        if all(part.masks is None for part in parts):
+            return None
+        whole = [np.ones((len(part), part.height, part.width), np.float32) for part in parts]
+        return np.concatenate([w if p.masks is None else p.masks for p, w in zip(parts, whole, strict=True)])
+
     source = " + ".join(part.source for part in parts)
     return replace(
         parts[0],
@@ -430,6 +471,7 @@ def concatenate(parts: Sequence[ImageData]) -> ImageData:
         _entries=tuple(entry for part in parts for entry in part._entries),
         trajectories=join_trajectories([part.trajectories for part in parts]),
         encoding=join_encoded([part.encoding for part in parts]),
+        masks=join_masks(),
     )
 
 

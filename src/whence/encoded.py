@@ -9,6 +9,7 @@ They are made once (``whence.encoding``) and travel with the images (``ImageData
 alone.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -139,6 +140,44 @@ class Encoded:
         """Put other latents in the place of some images', which keep their conditions."""
         chosen = self.select(rows)
         return replace(chosen, latents=Latents(mean), mirrored=None)
+
+
+class AbstractEncoder(ABC):
+    """Makes latents of images, or conditions of captions or labels, or both."""
+
+    @property
+    @abstractmethod
+    def hash(self) -> str:
+        """Hash of all that what it makes depends on."""
+
+    @property
+    def has_vae(self) -> bool:
+        """Whether the network sees latents."""
+        return False
+
+    def latents(self, pixels: Float32[ndarray, "row channel height width"], *, with_deviation: bool) -> Latents:
+        """Encode images.
+
+        Args:
+            pixels: In [-1, 1].
+            with_deviation: Also give the standard deviation of the posterior.
+
+        Returns:
+            What the network is trained on.
+        """
+        raise NotImplementedError  # asked only where there is a VAE
+
+    @abstractmethod
+    def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Arrays:
+        """Encode captions or labels.
+
+        Args:
+            texts: What conditions are made of; the empty one stands for a condition that is withheld.
+            size: Height and width of the images in pixels.
+
+        Returns:
+            Arrays by the names of the network's arguments, one row for each text.
+        """
 
 
 def join(parts: Sequence[Encoded | None]) -> Encoded | None:

@@ -10,7 +10,7 @@ so that an encoding that was interrupted goes on.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -22,7 +22,7 @@ from whence.checkpoints import Checkpoint, describe_network
 from whence.config import ConditioningSettings
 from whence.data import ImageData, abbreviate
 from whence.diffusion.adapters import channels_of, check_model, needed_conditions
-from whence.encoded import Arrays, Conditions, Encoded, Latents
+from whence.encoded import AbstractEncoder, Arrays, Conditions, Encoded, Latents
 from whence.errors import CheckpointError, ConfigError, DataError
 from whence.pipeline_encoder import PipelineEncoder
 from whence.progress import progress_bar
@@ -34,33 +34,11 @@ _BATCH = 8
 """Images that go through a VAE at once."""
 
 
-class Encoder(Protocol):
-    """Makes latents of images, or conditions of captions or labels, or both."""
-
-    @property
-    def hash(self) -> str:
-        """Hash of all that what it makes depends on."""
-        ...
-
-    @property
-    def has_vae(self) -> bool:
-        """Whether the network sees latents."""
-        ...
-
-    def latents(self, pixels: Float32[ndarray, "row channel height width"], *, with_deviation: bool) -> Latents:
-        """Encode images; called only with a VAE."""
-        ...
-
-    def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Arrays:
-        """Encode what conditions are made of."""
-        ...
-
-
 @dataclass(frozen=True)
 class Encoding:
     """How the images of a model are encoded."""
 
-    encoder: Encoder
+    encoder: AbstractEncoder
     reads: str | None
     """What conditions are made of: ``captions``, ``labels``, or None for an unconditional network."""
     caption: str | None = None
@@ -135,15 +113,13 @@ class Encoding:
 
     def _latents(self, images: ImageData, folder: Path, show_progress: bool) -> dict[str, ndarray]:
         folder.mkdir(parents=True, exist_ok=True)
-        blocks = []
-        with progress_bar("encode", len(images), "image", shown=show_progress) as bar:
-            for start in range(0, len(images), BLOCK):
-                rows = range(start, min(start + BLOCK, len(images)))
-                path = folder / f"latents-{start:08d}.safetensors"
-                if not path.exists():
-                    write_arrays(path, self._encode_block(images, rows))
-                blocks.append(read_arrays(path))
-                bar.update(len(rows))
+        places = {folder / f"latents-{start:08d}.safetensors": start for start in range(0, len(images), BLOCK)}
+        todo = {path: start for path, start in places.items() if not path.exists()}
+        with progress_bar("encode", len(todo), "block", shown=show_progress and len(todo) > 1) as bar:
+            for path, start in todo.items():
+                write_arrays(path, self._encode_block(images, range(start, min(start + BLOCK, len(images)))))
+                bar.update()
+        blocks = [read_arrays(path) for path in places]
         return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
     def _encode_block(self, images: ImageData, rows: range) -> dict[str, ndarray]:
@@ -160,7 +136,7 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class LabelEncoder:
+class LabelEncoder(AbstractEncoder):
     """Numbers the classes of a class-conditional network.
 
     Raises:
@@ -248,7 +224,7 @@ def find_encoding(
     pipeline = _pipeline_of(checkpoint, settings)
     if not needs and pipeline is None and channels_of(network) in (1, 3):
         return None
-    encoder: Encoder
+    encoder: AbstractEncoder
     if "class_labels" in needs:
         vae = _encoder_of(pipeline, network, settings)
         encoder = LabelEncoder(settings.class_names or _class_names(images), _num_classes(network), vae)
@@ -294,8 +270,13 @@ def _encoder_of(pipeline: Path | None, network: Any, settings: ConditioningSetti
 def _pipeline_of(checkpoint: Checkpoint, settings: ConditioningSettings) -> Path | None:
     """Find the pipeline's folder: the one that was named, or one around the checkpoint."""
     if settings.base is not None:
-        return Path(settings.base)
-    around = (checkpoint.folder, *list(checkpoint.folder.parents)[:2])
+        # A LoRA may be given its network alone, which lies in the pipeline's folder.
+        named = Path(settings.base)
+        inside = not (named / "model_index.json").exists() and (named.parent / "model_index.json").exists()
+        return named.parent if inside else named
+    around = [checkpoint.folder, *list(checkpoint.folder.parents)[:2]]
+    if checkpoint.base_folder is not None:
+        around += [checkpoint.base_folder, checkpoint.base_folder.parent]
     return next((folder for folder in around if (folder / "model_index.json").exists()), None)
 
 

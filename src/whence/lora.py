@@ -23,7 +23,7 @@ from whence._model_files import read_header, read_json, read_tensors
 from whence.errors import CheckpointError, NumericsError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 NETWORKS = ("unet", "transformer")
 """Folders of a pipeline, or of a checkpoint, in which the network lies that denoises."""

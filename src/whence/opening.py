@@ -59,7 +59,9 @@ def open_run(
     if (folder / "config.yaml").exists():
         known = _known_run(folder, data, data_settings, out, loss, allow_pickle)
         return _with_network_settings(known, conditioning, objective)
-    list_checkpoints(folder)  # raises, saying what is accepted
+    asked = _changed(ConditioningSettings(), conditioning)
+    base = None if asked.base is None else Path(asked.base)
+    list_checkpoints(folder, base=base, lora_alpha=asked.lora_alpha)  # raises, saying what is accepted
     recorded = recorded_loss(folder)
     if data is None:
         raise ConfigError(f"{folder} does not say what it was trained on; give the training images with --data.")

@@ -4,9 +4,12 @@ Texts go through the pipeline's own ``encode_prompt``, without guidance; images 
 its configuration says. Nothing is downloaded: the pipeline is a folder with a ``model_index.json``.
 """
 
+import importlib
+import importlib.util
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,17 +22,16 @@ from numpy import ndarray
 from torch import Tensor
 
 from whence._files import sha256_of_file, sha256_of_json
-from whence.checkpoints import quiet_diffusers
 from whence.config import ConditioningSettings
-from whence.encoded import Arrays, Latents
+from whence.encoded import AbstractEncoder, Arrays, Latents
 from whence.errors import CheckpointError, ConfigError
 
+_AUTOENCODERS = ("vae", "vqvae")
 _OF_TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
-_WITHOUT = ("unet", "transformer", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
 
 
 @dataclass(frozen=True)
-class PipelineEncoder:
+class PipelineEncoder(AbstractEncoder):
     """The VAE and the text encoders in the folder of a saved pipeline.
 
     Raises:
@@ -52,13 +54,22 @@ class PipelineEncoder:
     @cached_property
     def parts(self) -> tuple[str, ...]:
         """Parts of the pipeline that are there, by their names."""
+        return tuple(name for name, of in self._index.items() if of[0] is not None)
+
+    @cached_property
+    def _index(self) -> dict[str, list[Any]]:
+        """Library and class of each part; None for those that the pipeline lacks."""
         index = json.loads((self.folder / "model_index.json").read_text())
-        return tuple(name for name, of in index.items() if isinstance(of, list) and of[0] is not None)
+        return {name: of for name, of in index.items() if isinstance(of, list)}
 
     @property
     def has_vae(self) -> bool:
         """Whether the network sees latents."""
-        return "vae" in self.parts
+        return self._vae_name is not None
+
+    @property
+    def _vae_name(self) -> str | None:
+        return next((name for name in _AUTOENCODERS if name in self.parts), None)
 
     @property
     def hash(self) -> str:
@@ -68,7 +79,12 @@ class PipelineEncoder:
     @cached_property
     def _hash(self) -> str:
         """Hash the files of VAE, tokenizers and text encoders, and of the settings that change what they give."""
-        files = [f for name in ("vae", *_OF_TEXT) if name in self.parts for f in sorted((self.folder / name).iterdir())]
+        files = [
+            f
+            for name in (*_AUTOENCODERS, *_OF_TEXT)
+            if name in self.parts
+            for f in sorted((self.folder / name).iterdir())
+        ]
         known = {f"{f.parent.name}/{f.name}": sha256_of_file(f) for f in files if f.is_file()}
         asked = [self.settings.guidance_scale, self.settings.max_sequence_length]
         return sha256_of_json([self.network, known, asked])
@@ -90,7 +106,7 @@ class PipelineEncoder:
         vae = self._vae
         if pixels.shape[1] != vae.config.in_channels:
             raise CheckpointError(
-                f"The VAE in {self.folder / 'vae'} takes {vae.config.in_channels} channels; the images have "
+                f"The VAE in {self.folder} takes {vae.config.in_channels} channels; the images have "
                 f"{pixels.shape[1]}. Leave --grey out, or give the pipeline that was trained on such images."
             )
         encoded = vae.encode(torch.from_numpy(pixels).to(self.device))
@@ -99,10 +115,10 @@ class PipelineEncoder:
         if posterior is None:
             if with_deviation:
                 raise CheckpointError(
-                    f"Training drew latents from a posterior; the {type(vae).__name__} in {self.folder / 'vae'} has "
+                    f"Training drew latents from a posterior; the {type(vae).__name__} in {self.folder} has "
                     "none. Give the pipeline that was trained."
                 )
-            return Latents(((encoded.latent.cpu() - shift) * scale).numpy())
+            return Latents(((_latent_of(encoded).cpu() - shift) * scale).numpy())
         mean = ((posterior.mode().cpu() - shift) * scale).numpy()
         return Latents(mean, (posterior.std.cpu() * scale).numpy() if with_deviation else None)
 
@@ -118,7 +134,7 @@ class PipelineEncoder:
             Arrays by the names of the network's arguments, one row for each caption.
         """
         encode = _OF_NETWORK[self.network]
-        with quiet_diffusers():
+        with _quietly():
             given = encode(self._text_pipeline, list(texts), self._prompt_arguments)
         given |= self._further(len(texts), size)
         return {name: _as_array(value) for name, value in given.items()}
@@ -159,7 +175,8 @@ class PipelineEncoder:
 
     @cached_property
     def _vae(self) -> Any:
-        return self._load(keep=("vae",)).vae.eval()
+        assert self._vae_name is not None  # asked only where there is one
+        return getattr(self._load(keep=_AUTOENCODERS), self._vae_name).eval()
 
     @cached_property
     def _text_pipeline(self) -> Any:
@@ -174,16 +191,40 @@ class PipelineEncoder:
     def _load(self, keep: Sequence[str]) -> Any:
         import diffusers
 
-        leave = {name: None for name in self.parts if name not in keep}
+        # Also those that the pipeline lacks, or it would ask for them.
+        leave = {name: None for name in self._index if name not in keep}
         try:
-            with quiet_diffusers(), torch.random.fork_rng(devices=[]):
+            with _quietly(), torch.random.fork_rng(devices=[]):
                 pipeline = diffusers.DiffusionPipeline.from_pretrained(str(self.folder), local_files_only=True, **leave)
+                return pipeline.to(self.device, torch.float32)
         except Exception as error:  # each part raises what its own library likes
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
                 f"{', '.join(keep)} of the pipeline in {self.folder} cannot be loaded: {first}"
             ) from error
-        return pipeline.to(self.device, torch.float32)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep diffusers and transformers from showing bars of their own, and notes on parts that are not used here."""
+    libraries = [importlib.import_module("diffusers.utils.logging")]
+    if importlib.util.find_spec("transformers") is not None:
+        libraries.append(importlib.import_module("transformers.utils.logging"))
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, verbosity, shown in before:
+            library.set_verbosity(verbosity)
+            if shown:
+                library.enable_progress_bar()
+
+
+def _latent_of(encoded: Any) -> Tensor:
+    return encoded.latent if hasattr(encoded, "latent") else encoded.latents
 
 
 def _shift_and_scale(config: Any) -> tuple[Tensor, Tensor]:

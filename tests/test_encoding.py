@@ -1,0 +1,338 @@
+"""Encoding by a pipeline's own parts: against calls as training scripts make them, its cache, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from tiny_pipelines import PIPELINES, save_pipeline
+from whence.checkpoints import list_checkpoints, load_model
+from whence.config import ConditioningSettings
+from whence.data import ImageData
+from whence.diffusion.adapters import predict
+from whence.encoding import BLOCK, LabelEncoder, find_encoding
+from whence.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
+from whence.event_table import make_batch
+from whence.methods import GradientPlan, Grid
+from whence.opening import open_run
+from whence.pipeline_encoder import PipelineEncoder
+
+CAPTIONS = ("a cat", "a dog", "a cat", "red car")
+
+
+def make_images(count: int = 4, captions: tuple[str, ...] | None = CAPTIONS, channels: int = 3) -> ImageData:
+    pixels = np.random.default_rng(0).uniform(-1, 1, (count, channels, 16, 16)).astype(np.float32)
+    return ImageData.from_arrays(
+        pixels, [f"i{k}" for k in range(count)], [str(k % 3) for k in range(count)], captions and captions[:count]
+    )
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory) -> Path:
+    """One pipeline of each kind; read only."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    for kind in PIPELINES:
+        save_pipeline(kind, folder / kind)
+    return folder
+
+
+def open_tiny(pipelines: Path, kind: str, out: Path, images: ImageData | None = None, **conditioning: Any) -> Any:
+    run = open_run(pipelines / kind, data="demo", out=out, conditioning=conditioning or None)
+    run.__dict__["opened_images"] = images or make_images()
+    return run
+
+
+# --- the whole way, against what the training scripts of diffusers do
+
+
+def call_as_scripts_do(
+    pipeline: Any, kind: str, noisy: torch.Tensor, times: torch.Tensor, caption: str
+) -> torch.Tensor:
+    """Call the network on one event with the conditions that the training scripts make of its caption."""
+    one = {"device": "cpu", "num_images_per_prompt": 1}
+    if kind == "sd":
+        ids = pipeline.tokenizer(caption, max_length=16, padding="max_length", truncation=True, return_tensors="pt")
+        return pipeline.unet(noisy, times, pipeline.text_encoder(ids.input_ids, return_dict=False)[0])[0]
+    if kind == "sdxl":
+        embeddings = []
+        for tokenizer, encoder in (
+            (pipeline.tokenizer, pipeline.text_encoder),
+            (pipeline.tokenizer_2, pipeline.text_encoder_2),
+        ):
+            ids = tokenizer(
+                caption, padding="max_length", max_length=16, truncation=True, return_tensors="pt"
+            ).input_ids
+            found = encoder(ids, output_hidden_states=True, return_dict=False)
+            pooled = found[0]
+            embeddings.append(found[-1][-2])
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]])}
+        return pipeline.unet(noisy, times, torch.cat(embeddings, dim=-1), added_cond_kwargs=added)[0]
+    if kind == "sd3":
+        embeddings, _, pooled, _ = pipeline.encode_prompt(caption, None, None, do_classifier_free_guidance=False, **one)
+        return pipeline.transformer(
+            hidden_states=noisy, timestep=times, encoder_hidden_states=embeddings, pooled_projections=pooled
+        )[0]
+    if kind == "flux":
+        embeddings, pooled, text_ids = pipeline.encode_prompt(caption, None, **one)
+        packed = pipeline._pack_latents(noisy, 1, 4, 8, 8)
+        ids = pipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32)
+        made = pipeline.transformer(
+            hidden_states=packed,
+            timestep=times / 1000,
+            pooled_projections=pooled,
+            encoder_hidden_states=embeddings,
+            txt_ids=text_ids,
+            img_ids=ids,
+        )[0]
+        return pipeline._unpack_latents(made, 16, 16, 2)
+    if kind == "pixart":
+        embeddings, mask, *_ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False, **one)
+        added = {"resolution": None, "aspect_ratio": None}
+        made = pipeline.transformer(
+            noisy,
+            encoder_hidden_states=embeddings,
+            encoder_attention_mask=mask,
+            timestep=times,
+            added_cond_kwargs=added,
+        )[0]
+        return made.chunk(2, dim=1)[0]
+    if kind == "sana":
+        embeddings, mask, *_ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False, **one)
+        return pipeline.transformer(
+            noisy, encoder_hidden_states=embeddings, encoder_attention_mask=mask, timestep=times
+        )[0]
+    assert kind == "dit"
+    return pipeline.transformer(noisy, timestep=times, class_labels=torch.tensor([int(caption)]))[0].chunk(2, dim=1)[0]
+
+
+def latents_as_scripts_make_them(pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
+    autoencoder = pipeline.vae
+    encoded = autoencoder.encode(pixels)
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    shift = getattr(autoencoder.config, "shift_factor", None) or 0.0
+    return (latents - shift) * autoencoder.config.scaling_factor
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "pixart", "sana", "dit"])
+def test_latents_conditions_and_losses_are_those_of_training_scripts(pipelines: Path, tmp_path: Path, kind: str):
+    run = open_tiny(pipelines, kind, tmp_path / "out")
+    images, process = run.train_images, run.subject.process
+    plan = GradientPlan(output="loss", events=Grid(timesteps=3, draws=1), unit="timestep")
+    table, batch = run.events(plan, ["i3", "i1"])
+    ours = predict(load_model(run.checkpoints[-1]), batch.noisy, batch.times, batch.conditions)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(pipelines / kind)
+    with torch.no_grad():
+        for event in range(len(table)):
+            row = table.row[event]
+            clean = latents_as_scripts_make_them(pipeline, torch.from_numpy(images.pixels([row])))
+            torch.testing.assert_close(batch.clean[event : event + 1], clean, rtol=1e-5, atol=1e-6)
+            noise, times = batch.noise[event : event + 1], batch.times[event : event + 1]
+            if hasattr(pipeline.scheduler, "add_noise"):
+                noisy, target = pipeline.scheduler.add_noise(clean, noise, times), noise
+            else:
+                place = (pipeline.scheduler.timesteps == times).nonzero().item()
+                sigma = pipeline.scheduler.sigmas[place]
+                noisy, target = (1 - sigma) * clean + sigma * noise, noise - clean
+            text = images.labels[row] if kind == "dit" else CAPTIONS[row]
+            theirs = call_as_scripts_do(pipeline, kind, noisy, times, text)
+            torch.testing.assert_close(ours[event : event + 1], theirs, rtol=1e-4, atol=1e-5)
+            loss = functional.mse_loss(ours[event], batch.target[event])
+            assert loss.item() == pytest.approx(functional.mse_loss(theirs, target).item(), rel=1e-4)
+    assert process.prediction_type == ("flow" if kind in ("sd3", "flux", "sana") else "epsilon")
+
+
+@pytest.mark.parametrize("kind", sorted(PIPELINES))
+def test_every_kind_is_traced(pipelines: Path, tmp_path: Path, kind: str):
+    run = open_tiny(pipelines, kind, tmp_path / "out")
+    queries = make_images().select([0, 1])
+    scores = run.trace(queries, ["grad-cos", "pixels"], timesteps=2, draws=2, train_timesteps=2, show_progress=False)
+    found = scores["grad-cos"].values
+    assert found.shape == (2, 4) and np.isfinite(found).all() and (np.abs(found) <= 1 + 1e-6).all()
+    assert len(np.unique(found.round(6))) == 8  # each pair has a score of its own
+
+
+def test_gradients_of_a_text_to_image_model_are_those_of_autograd(pipelines: Path, tmp_path: Path):
+    run = open_tiny(pipelines, "sd", tmp_path / "out")
+    scores = run.trace(
+        make_images().select([1]),
+        ["grad-dot"],
+        timesteps=2,
+        draws=2,
+        train_timesteps=2,
+        dtype="float64",
+        show_progress=False,
+    )["grad-dot"]
+    model = load_model(run.checkpoints[-1], dtype="float64")
+
+    def gradient(images: ImageData, row: int, side: str, grid: Grid) -> torch.Tensor:
+        from whence.event_table import grid_events
+
+        table = grid_events(images, [row], side, grid, 50, seed=0)
+        batch = make_batch(table, images, run.subject.process, dtype=torch.float64)
+        loss = (predict(model, batch.noisy, batch.times, batch.conditions) - batch.target).square().mean()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    queries = run.open_queries(make_images().select([1]))
+    asked = gradient(queries, 0, "query", Grid(2, 2))
+    want = [float(asked @ gradient(run.train_images, row, "train", Grid(2, 1))) for row in range(4)]
+    np.testing.assert_allclose(scores.values[0], want, rtol=1e-6)
+
+
+# --- the cache
+
+
+def test_what_is_encoded_is_not_encoded_again(pipelines: Path, tmp_path: Path, monkeypatch):
+    first = open_tiny(pipelines, "sd", tmp_path / "out").train_images
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", _not_again)
+    again = open_tiny(pipelines, "sd", tmp_path / "out").train_images
+    np.testing.assert_array_equal(first.inputs([0, 3]), again.inputs([0, 3]))
+    for name, values in first.conditions([0, 3]).items():
+        np.testing.assert_array_equal(values, again.conditions([0, 3])[name])
+    assert first.fingerprint == again.fingerprint
+    with pytest.raises(CheckpointError, match="loaded again"):  # other captions are other conditions
+        _ = open_tiny(pipelines, "sd", tmp_path / "out", make_images(captions=("a", "b", "c", "d"))).train_images
+
+
+def test_an_interrupted_encoding_goes_on(pipelines: Path, tmp_path: Path, monkeypatch):
+    images = make_images(BLOCK + 3, captions=("a cat",) * (BLOCK + 3))
+    whole = open_tiny(pipelines, "sd", tmp_path / "out", images).train_images
+    (first, second) = sorted((tmp_path / "out" / "cache" / "encoded").glob("*/latents-*"))
+    second.unlink()
+    sizes = []
+    encode = PipelineEncoder.latents
+    monkeypatch.setattr(
+        PipelineEncoder, "latents", lambda self, pixels, **k: sizes.append(len(pixels)) or encode(self, pixels, **k)
+    )
+    again = open_tiny(pipelines, "sd", tmp_path / "out", images).train_images
+    assert sizes == [3] and first.exists()
+    np.testing.assert_array_equal(whole.inputs(range(len(images))), again.inputs(range(len(images))))
+
+
+def _not_again(*_: Any, **__: Any) -> None:
+    raise AssertionError("the pipeline was loaded again")
+
+
+def test_equal_captions_are_held_once_and_one_condition_stands_for_withheld_ones(pipelines: Path, tmp_path: Path):
+    conditions = open_tiny(pipelines, "sd", tmp_path / "out").train_images.encoding.conditions
+    assert conditions.texts == ("", "a cat", "a dog", "red car")
+    assert conditions.of_row.tolist() == [1, 2, 1, 3]
+    given = conditions.take(np.array([0, 3]), np.array([False, True]))["encoder_hidden_states"]
+    np.testing.assert_array_equal(given, conditions.arrays["encoder_hidden_states"][[1, 0]])
+
+
+def test_flips_and_posterior_are_encoded_where_training_had_them(pipelines: Path, tmp_path: Path):
+    images = make_images()
+    encoding = find_encoding(list_checkpoints(pipelines / "sd")[0], images, None, ConditioningSettings())
+    from dataclasses import replace
+
+    encoded = replace(encoding, mirrored=True, drawn=True).encode(images, tmp_path).encoding
+    vae = diffusers.AutoencoderKL.from_pretrained(pipelines / "sd" / "vae")
+    with torch.no_grad():
+        posterior = vae.encode(torch.from_numpy(images.pixels([1])).flip(-1)).latent_dist
+    mean, deviation = encoded.clean(np.array([1]), np.array([True]))
+    np.testing.assert_allclose(mean, posterior.mean * vae.config.scaling_factor, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(deviation, posterior.std * vae.config.scaling_factor, rtol=1e-5)
+    assert not np.allclose(encoded.clean(np.array([1]))[0], mean)
+
+
+# --- what is refused
+
+
+def without(folder: Path, part: str, out: Path) -> Path:
+    """Copy a pipeline without one of its parts."""
+    shutil.copytree(folder, out)
+    index = json.loads((out / "model_index.json").read_text())
+    index[part] = [None, None]
+    (out / "model_index.json").write_text(json.dumps(index))
+    shutil.rmtree(out / part)
+    return out
+
+
+def test_a_network_alone_asks_for_its_pipeline(pipelines: Path, tmp_path: Path):
+    alone = shutil.copytree(pipelines / "sd" / "unet", tmp_path / "alone")
+    shutil.copytree(pipelines / "sd" / "scheduler", tmp_path / "alone" / "scheduler")
+    run = open_tiny(tmp_path, "alone", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is told encoder_hidden_states. Give the pipeline .* with --base"):
+        _ = run.train_images
+    named = open_tiny(tmp_path, "alone", tmp_path / "other", base=str(pipelines / "sd"))
+    assert named.train_images.input_shape == (4, 8, 8)
+    assert open_run(tmp_path / "other").conditioning.base == str(pipelines / "sd")  # kept with the run
+    assert alone.exists()
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])
+def test_a_missing_text_encoder(pipelines: Path, tmp_path: Path, part: str):
+    folder = without(pipelines / "sd", part, tmp_path / "less")
+    with pytest.raises(CheckpointError, match=f"has no {part}, by which the UNet2DConditionModel is told captions"):
+        _ = open_tiny(folder.parent, "less", tmp_path / "out").train_images
+
+
+def test_a_missing_vae(pipelines: Path, tmp_path: Path):
+    without(pipelines / "sd", "vae", tmp_path / "less")
+    run = open_tiny(tmp_path, "less", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="takes 4 channels; the training images have 3. .* VAE"):
+        run.subject.source(run.checkpoints[-1], _settings())
+
+
+def test_a_vae_of_other_channels(pipelines: Path, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="VAE in .* takes 3 channels; the images have 1. Leave --grey out"):
+        _ = open_tiny(pipelines, "sd", tmp_path / "out", make_images(channels=1)).train_images
+
+
+def _settings() -> Any:
+    from whence.config import GradientSettings
+
+    return GradientSettings()
+
+
+def test_images_without_captions(pipelines: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="4 of 4 images of memory have none: i0.*--caption-column.*--caption"):
+        _ = open_tiny(pipelines, "sd", tmp_path / "out", make_images(captions=None)).train_images
+    run = open_tiny(pipelines, "sd", tmp_path / "other", make_images(captions=None), caption="a photo of sks dog")
+    assert set(run.train_images.encoding.conditions.texts) == {"", "a photo of sks dog"}
+
+
+def test_labels_are_numbered_and_unknown_ones_refused(pipelines: Path, tmp_path: Path):
+    run = open_tiny(pipelines, "dit", tmp_path / "out")
+    assert run.train_images.conditions([0, 1, 2, 3])["class_labels"].tolist() == [0, 1, 2, 0]
+    named = ImageData.from_arrays(make_images().pixels([0, 1]), ["x", "y"], ["cat", "ant"])
+    assert open_tiny(pipelines, "dit", tmp_path / "b", named).train_images.conditions([0, 1])[
+        "class_labels"
+    ].tolist() == [1, 0]
+    with pytest.raises(DataError, match="knows the labels 0, 1, 2; found ant, cat"):
+        run.open_queries(named)
+    with pytest.raises(ConfigError, match="has 2 classes; the images have 3 labels"):
+        LabelEncoder(("a", "b", "c"), 2)
+    with pytest.raises(DataError, match="told the label of each image; 2 of 2 images"):
+        run.open_queries(ImageData.from_arrays(make_images().pixels([0, 1]), ["x", "y"]))
+
+
+def test_a_guidance_distilled_network_asks_for_its_scale(tmp_path: Path):
+    save_pipeline("flux", tmp_path / "dev", guidance_embeds=True)
+    with pytest.raises(ConfigError, match="told a guidance scale.*--guidance-scale"):
+        _ = open_tiny(tmp_path, "dev", tmp_path / "out").train_images
+    run = open_tiny(tmp_path, "dev", tmp_path / "other", guidance_scale=3.5)
+    assert run.train_images.conditions([0])["guidance"].tolist() == [3.5]
+    queries = make_images().select([0])
+    run.trace(queries, ["grad-cos"], timesteps=2, draws=2, train_timesteps=1, show_progress=False)
+
+
+def test_a_length_that_the_pipeline_does_not_take(pipelines: Path, tmp_path: Path):
+    assert open_tiny(pipelines, "flux", tmp_path / "a", max_sequence_length=16).train_images.conditions([0])[
+        "encoder_hidden_states"
+    ].shape == (1, 16, 8)
+    with pytest.raises(ConfigError, match="max_sequence_length has no effect on a StableDiffusionPipeline"):
+        _ = open_tiny(pipelines, "sd", tmp_path / "b", max_sequence_length=16).train_images
+
+
+def test_a_network_that_nothing_knows_how_to_call(tmp_path: Path):
+    diffusers.UNet1DModel(sample_size=8, block_out_channels=(32, 32, 64)).save_pretrained(tmp_path / "unet")
+    diffusers.DDPMScheduler().save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(UnsupportedModelError, match="calls models of class .*UNet2DModel.*; found UNet1DModel"):
+        _ = open_tiny(tmp_path.parent, tmp_path.name, tmp_path / "out").train_images
