@@ -138,26 +138,27 @@ class TestUnconditional:
         assert checkpoint.content_hash("raw") != checkpoint.content_hash("ema")
 
 
-class TestTwoProcesses:
-    @pytest.fixture(scope="class")
-    def run(self, files, tmp_path_factory):
-        run = tmp_path_factory.mktemp("two") / "run"
-        flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 3}
-        train("unconditional", files / "images.parquet", run, launcher=TWO_PROCESSES, **flags)
-        return run
+@pytest.fixture(scope="module")
+def two_processes(files, tmp_path_factory):
+    run = tmp_path_factory.mktemp("two") / "run"
+    flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 3}
+    train("unconditional", files / "images.parquet", run, launcher=TWO_PROCESSES, **flags)
+    return run
 
-    def test_losses_of_both_replay(self, run, files):
-        assert check(run, files / "images.parquet") == {"keys": "passed", "checkpoint 2": "passed"}
-        visits = Record.open(run / "record").visits_of_step(3)
+
+class TestTwoProcesses:
+    def test_losses_of_both_replay(self, two_processes, files):
+        assert check(two_processes, files / "images.parquet") == {"keys": "passed", "checkpoint 2": "passed"}
+        visits = Record.open(two_processes / "record").visits_of_step(3)
         assert visits.rank.tolist() == [0, 0, 1, 1] * 2
 
-    def test_a_step_counts_the_samples_of_both(self, run):
-        visits = Record.open(run / "record").visits
+    def test_a_step_counts_the_samples_of_both(self, two_processes):
+        visits = Record.open(two_processes / "record").visits
         assert set(visits.samples_in_step) == {8}
         assert visits.weight[visits.step == 1].tolist() == [0.0] * 8  # warm-up
 
-    def test_the_same_image_in_both_has_two_noises(self, run):
-        visits = Record.open(run / "record").visits
+    def test_the_same_image_in_both_has_two_noises(self, two_processes):
+        visits = Record.open(two_processes / "record").visits
         assert len(set(visits.noise_key.tolist())) == len(visits)
 
 
