@@ -4,6 +4,7 @@ The scripts are in scripts/; docs/scripts.md shows the lines that are theirs.
 """
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -35,7 +36,7 @@ TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_nod
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Ten images, with and without captions, and the pipelines that are fine-tuned."""
+    """Ten images in tables with and without captions and in folders, and the pipelines that are fine-tuned."""
     folder = tmp_path_factory.mktemp("files")
     drawn = np.random.default_rng(0)
     images = []
@@ -45,6 +46,13 @@ def files(tmp_path_factory):
         images.append({"bytes": buffer.getvalue(), "path": f"{k}.png"})
     pq.write_table(pa.table({"image": images}), folder / "images.parquet")
     pq.write_table(pa.table({"image": images, "text": ["a dog"] * 5 + ["an animal"] * 5}), folder / "captions.parquet")
+    for k, image in enumerate(images):  # a subject, its class, and both as whence is given them
+        copies = ("dog", "both") if k < 5 else ("animals", "both/class")
+        for name in copies:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / image["path"]).write_bytes(image["bytes"])
+    of_class = [{"file_name": f"class/{k}.png", "text": "an animal"} for k in range(5, 10)]
+    (folder / "both" / "metadata.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in of_class))
     for kind in ("sd", "sd3"):
         save_pipeline(kind, folder / kind)
     return folder
@@ -194,12 +202,12 @@ def test_text_to_image_lora_in_bfloat16(files, tmp_path):
 
 
 def test_dreambooth_lora_with_prior_preservation(files, tmp_path):
-    run, data = tmp_path / "run", files / "captions.parquet"
-    flags = {"pretrained_model_name_or_path": files / "sd", "with_prior_preservation": 1, "prior_loss_weight": 0.5}
-    flags |= {"train_batch_size": 2}
+    run, data = tmp_path / "run", files / "dog"
+    flags = {"pretrained_model_name_or_path": files / "sd", "class_data_dir": files / "animals"}
+    flags |= {"train_batch_size": 2, "prior_loss_weight": 0.5}
     losses = train("dreambooth_lora", data, run, max_train_steps=3, **flags)
     more = train("dreambooth_lora", data, run, max_train_steps=5, resume_from_checkpoint="latest", **flags)
-    assert check(run, data) == {"keys": "passed", "checkpoint 2": "passed", "checkpoint 4": "passed"}
+    assert check(run, files / "both") == {"keys": "passed", "checkpoint 2": "passed", "checkpoint 4": "passed"}
     visits = Record.open(run / "record").visits
     first = visits.where(visits.step == 1)
     assert first.samples_in_step.tolist() == [2] * 4  # the mean is over instances
@@ -211,7 +219,7 @@ def test_dreambooth_lora_with_prior_preservation(files, tmp_path):
 
 def test_dreambooth_lora_sd3(files, tmp_path):
     """Flow matching, with the loss of clean images and timesteps of logit_normal."""
-    run, data = tmp_path / "run", files / "images.parquet"
+    run, data = tmp_path / "run", files / "dog"
     losses = train("dreambooth_lora_sd3", data, run, pretrained_model_name_or_path=files / "sd3", max_train_steps=3)
     assert check(run, data, lora_alpha=2.0) == {"keys": "passed", "checkpoint 2": "passed"}
     record = Record.open(run / "record")

@@ -1,5 +1,6 @@
 """The folder that a recorder writes into: its lock, its manifest, and its parts, which a resumed training rewinds."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -101,7 +102,7 @@ class RecorderFolder:
             )
         self.manifest = {k: v for k, v in self.manifest.items() if k != "latents"}
         self.manifest |= {"latents": "sample"} if drawn else {}
-        write_json(self.folder / "manifest.json", self.manifest)
+        write_json(self.folder / "manifest.json", self.manifest, shared=True)
 
     def _open(self, resume_from: int | None, same_config: bool) -> PartWriter:
         self.folder.mkdir(exist_ok=True)
@@ -111,12 +112,13 @@ class RecorderFolder:
                 f"{self.folder} already holds a record. Give resume_from=<step of the checkpoint you go on from>, or "
                 "choose a new folder; nothing is overwritten."
             )
-        if (self.folder / "manifest.json").exists():
-            found = read_manifest(self.folder)
-            self.manifest |= {"latents": found["latents"]} if "latents" in found else {}
-            check_same_settings(self.folder, found, self.manifest, with_config=same_config)
-        else:
-            write_json(self.folder / "manifest.json", self.manifest)
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            with suppress(FileExistsError):
+                write_json(path, self.manifest, shared=True, replace=False)
+        found = read_manifest(self.folder)
+        self.manifest |= {"latents": found["latents"]} if "latents" in found else {}
+        check_same_settings(self.folder, found, self.manifest, with_config=same_config)
         parts = PartWriter(self.folder, self.rank)
         if not self.may_load:
             _rewind(parts, resume_from or 0)

@@ -187,15 +187,15 @@ class Recorder:
             RecordError: If the posterior has no mean and deviation, or ids and images differ in number.
         """
         sample_ids = checked_ids(ids)
-        if not hasattr(posterior, "mean") or not hasattr(posterior, "std"):
+        mean, std = (getattr(posterior, name, None) for name in ("mean", "std"))
+        if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
             raise RecordError(
                 "latents() needs the posterior, vae.encode(images).latent_dist, with its mean and std; found "
                 f"{type(posterior).__name__}."
             )
-        mean = posterior.mean
         check_batch("latents()", sample_ids, mean)
         self._prepare(sample_ids)["latents"] = True
-        center, deviation = (values.detach().float().cpu().numpy() for values in (mean, posterior.std))
+        center, deviation = (values.detach().float().cpu().numpy() for values in (mean, std))
         return torch.from_numpy(draw_latents(center, deviation, self._keys(sample_ids))).to(mean)
 
     def noise_of_input(self) -> Float[Tensor, "event *shape"]:

@@ -1,6 +1,5 @@
 """A training in the shape of diffusers' train_dreambooth_lora.py, with prior preservation."""
 
-
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -8,9 +7,9 @@ from diffusers.optimization import get_scheduler
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
+from PIL import Image
 from tiny_training import (
     make_accelerator,
-    open_dataset,
     parse_args,
     register_hooks,
     resume,
@@ -24,32 +23,36 @@ from whence import Recorder
 
 
 class DreamBoothDataset(torch.utils.data.Dataset):
-    """Images of the subject, the first five of the table; and of its class, the others."""
-
-    def __init__(self, table):
-        images = [to_pixels(image) for image in table["image"]]
-        self.instance_images, self.class_images = images[:5], images[5:]
-        self.num_instance_images = len(self.instance_images)
+    def __init__(self, instance_data_root, class_data_root):
+        self.instance_images_path = list(Path(instance_data_root).iterdir())
+        self.num_instance_images = len(self.instance_images_path)
+        self.class_images_path = list(Path(class_data_root).iterdir()) if class_data_root else []
+        self.num_class_images = len(self.class_images_path)
 
     def __len__(self):
-        return max(len(self.instance_images), len(self.class_images))
+        return max(self.num_instance_images, self.num_class_images)
 
     def __getitem__(self, index):
         example = {}
-        example["instance_images"] = self.instance_images[index % self.num_instance_images]
-        example["class_images"] = self.class_images[index % len(self.class_images)]
-        example["sample_id"] = f"row-{index % self.num_instance_images:07d}"
-        example["class_id"] = f"row-{5 + index % len(self.class_images):07d}"
+        path = self.instance_images_path[index % self.num_instance_images]
+        example["instance_images"] = to_pixels(Image.open(path))
+        example["sample_id"] = self.instance_images_path[index % self.num_instance_images].name
+        if self.class_images_path:
+            path = self.class_images_path[index % self.num_class_images]
+            example["class_images"] = to_pixels(Image.open(path))
+            example["class_id"] = "class/" + self.class_images_path[index % self.num_class_images].name
         return example
 
 
 def collate_fn(examples, with_prior_preservation):
     pixel_values = [example["instance_images"] for example in examples]
-    sample_id = [example["sample_id"] for example in examples]
     if with_prior_preservation:
         pixel_values += [example["class_images"] for example in examples]
-        sample_id += [example["class_id"] for example in examples]
-    return {"pixel_values": torch.stack(pixel_values), "sample_id": sample_id}
+    batch = {"pixel_values": torch.stack(pixel_values)}
+    batch["sample_id"] = [example["sample_id"] for example in examples]
+    if with_prior_preservation:
+        batch["sample_id"] += [example["class_id"] for example in examples]
+    return batch
 
 
 def main(args):
@@ -79,7 +82,7 @@ def main(args):
 
     register_hooks(accelerator, save_network, load_network)
     optimizer = torch.optim.AdamW(params_to_optimize, lr=args.learning_rate)
-    train_dataset = DreamBoothDataset(open_dataset(args))
+    train_dataset = DreamBoothDataset(args.train_data, args.class_data_dir)
     train_dataloader = torch.utils.data.DataLoader(
         train_dataset,
         batch_size=args.train_batch_size,
@@ -140,8 +143,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = parse_args(
-        instance_prompt="a dog", class_prompt="an animal", with_prior_preservation=0, prior_loss_weight=1.0
-    )
-    args.with_prior_preservation = bool(args.with_prior_preservation)
+    args = parse_args(instance_prompt="a dog", class_prompt="an animal", class_data_dir="", prior_loss_weight=1.0)
+    args.with_prior_preservation = bool(args.class_data_dir)
     main(args)

@@ -1,6 +1,7 @@
 """A training in the shape of diffusers' train_dreambooth_lora_sd3.py."""
 
 import copy
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -8,9 +9,9 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
+from PIL import Image
 from tiny_training import (
     make_accelerator,
-    open_dataset,
     parse_args,
     register_hooks,
     resume,
@@ -23,8 +24,9 @@ from whence import Recorder
 
 
 class DreamBoothDataset(torch.utils.data.Dataset):
-    def __init__(self, table):
-        self.pixel_values = [to_pixels(image) for image in table["image"]]
+    def __init__(self, instance_data_root):
+        self.instance_images = [Image.open(path) for path in list(Path(instance_data_root).iterdir())]
+        self.pixel_values = [to_pixels(image) for image in self.instance_images]
         self.num_instance_images = len(self.pixel_values)
 
     def __len__(self):
@@ -33,13 +35,14 @@ class DreamBoothDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         example = {}
         example["instance_images"] = self.pixel_values[index % self.num_instance_images]
-        example["sample_id"] = f"row-{index % self.num_instance_images:07d}"
+        example["sample_id"] = Path(self.instance_images[index % self.num_instance_images].filename).name
         return example
 
 
 def collate_fn(examples):
-    pixel_values = torch.stack([example["instance_images"] for example in examples])
-    return {"pixel_values": pixel_values, "sample_id": [example["sample_id"] for example in examples]}
+    batch = {"pixel_values": torch.stack([example["instance_images"] for example in examples])}
+    batch["sample_id"] = [example["sample_id"] for example in examples]
+    return batch
 
 
 def main(args):
@@ -67,7 +70,7 @@ def main(args):
 
     register_hooks(accelerator, save_network, load_network)
     optimizer = torch.optim.AdamW(transformer_lora_parameters, lr=args.learning_rate)
-    train_dataset = DreamBoothDataset(open_dataset(args))
+    train_dataset = DreamBoothDataset(args.train_data)
     train_dataloader = torch.utils.data.DataLoader(
         train_dataset, batch_size=args.train_batch_size, shuffle=True, collate_fn=collate_fn
     )

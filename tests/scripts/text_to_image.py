@@ -72,10 +72,9 @@ def main(args):
     while global_step < args.max_train_steps:
         for batch in train_dataloader:
             with accelerator.accumulate(unet):
-                pixel_values = batch["pixel_values"]
                 if args.flips:
-                    pixel_values = recorder.flip(batch["sample_id"], pixel_values)
-                latents = recorder.latents(batch["sample_id"], vae.encode(pixel_values.to(weight_dtype)).latent_dist)
+                    batch["pixel_values"] = recorder.flip(batch["sample_id"], batch["pixel_values"])
+                latents = recorder.latents(batch["sample_id"], vae.encode(batch["pixel_values"].to(weight_dtype)).latent_dist)  # fmt: skip  # noqa: E501
                 latents = latents * vae.config.scaling_factor
                 noise, timesteps = recorder.draw(batch["sample_id"], like=latents)
                 if args.input_perturbation:

@@ -63,8 +63,7 @@ def main(args):
         unet.train()
         for batch in train_dataloader:
             with accelerator.accumulate(unet):
-                pixel_values = batch["pixel_values"].to(dtype=weight_dtype)
-                latents = recorder.latents(batch["sample_id"], vae.encode(pixel_values).latent_dist)
+                latents = recorder.latents(batch["sample_id"], vae.encode(batch["pixel_values"].to(dtype=weight_dtype)).latent_dist)  # fmt: skip  # noqa: E501
                 latents = latents * vae.config.scaling_factor
                 noise, timesteps = recorder.draw(batch["sample_id"], like=latents)
                 noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
