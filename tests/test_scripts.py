@@ -51,8 +51,9 @@ def files(tmp_path_factory):
         for name in copies:
             (folder / name).mkdir(parents=True, exist_ok=True)
             (folder / name / image["path"]).write_bytes(image["bytes"])
-    of_class = [{"file_name": f"class/{k}.png", "text": "an animal"} for k in range(5, 10)]
-    (folder / "both" / "metadata.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in of_class))
+    prompts = [{"file_name": f"{k}.png", "text": "a dog"} for k in range(5)]
+    prompts += [{"file_name": f"class/{k}.png", "text": "an animal"} for k in range(5, 10)]
+    (folder / "both" / "metadata.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in prompts))
     for kind in ("sd", "sd3"):
         save_pipeline(kind, folder / kind)
     return folder

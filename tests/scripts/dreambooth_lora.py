@@ -1,5 +1,7 @@
 """A training in the shape of diffusers' train_dreambooth_lora.py, with prior preservation."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
