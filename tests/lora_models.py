@@ -27,12 +27,12 @@ UNET = {
 
 
 def sd() -> Any:
-    return diffusers.UNet2DConditionModel(**UNET)  # pyright: ignore[reportArgumentType]
+    return diffusers.UNet2DConditionModel(**UNET)
 
 
 def sdxl() -> Any:
     return diffusers.UNet2DConditionModel(
-        **UNET,  # pyright: ignore[reportArgumentType]
+        **UNET,
         addition_embed_type="text_time",
         addition_time_embed_dim=2,
         projection_class_embeddings_input_dim=5 + 6 * 2,

@@ -203,12 +203,12 @@ class TestDraws:
         visits = Record.open(tmp_path / "record").visits
         assert visits.condition_dropped.tolist() == withheld.tolist()
         keys = [noise_key(3, "record", "train", i, 1) for i in ids]
-        assert withheld.tolist() == [scalar_draws(derived_key(key, "condition"))[0] < 0.3 for key in keys]
+        assert withheld.tolist() == [scalar_draws(derived_key(key, "dropped"))[0] < 0.3 for key in keys]
         assert 4 < withheld.sum() < 20
 
     @pytest.mark.parametrize("share", [-0.1, 1.5, math.nan])
     def test_a_share_that_is_none(self, tmp_path, share):
-        with make_recorder(tmp_path) as recorder, pytest.raises(RecordError, match="from 0 to 1"):
+        with make_recorder(tmp_path) as recorder, pytest.raises(RecordError, match="must be 0 to 1"):
             recorder.drop(["a"], share)
 
     def test_noise_of_the_input_must_be_asked_for(self, tmp_path):

@@ -3,8 +3,9 @@
 import json as jsonlib
 import sys
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from whence._cli_options import Flat, ModelSource
 from whence._cli_printing import print_table
@@ -12,11 +13,12 @@ from whence.config import DataSettings, LossName, ModelSettings, TrainingSetting
 
 
 def demo(
-    out: Path = Path("whence-demo"),
+    out: Path | None = None,
     *,
+    text: bool = False,
     fresh: bool = False,
     seed: int = 0,
-    loss: LossName = "l1",
+    loss: LossName | None = None,
     json: bool = False,
 ) -> None:
     """Train a small model on bundled images, find what its images came from, and write a page about it.
@@ -24,15 +26,21 @@ def demo(
     Takes some minutes on two CPU cores. Run again, it uses what is there.
 
     Args:
-        out: Folder of the run.
+        out: Folder of the run. Default: whence-demo, or whence-text-demo with --text.
+        text: Train a text-to-image model on captioned emoji in four styles, and trace what it draws for some prompts.
         fresh: Remove an earlier demo in that folder and start over.
         seed: Seed of training.
-        loss: Training loss.
+        loss: Training loss. Default: l1, or mse with --text.
         json: Print the table as JSON.
     """
-    from whence.demo import run_demo
+    if text:
+        from whence.text_demo import run_text_demo
 
-    _, page, table = run_demo(out, fresh=fresh, seed=seed, loss=loss)
+        _, page, table = run_text_demo(out or Path("whence-text-demo"), fresh=fresh, seed=seed, loss=loss or "mse")
+    else:
+        from whence.demo import run_demo
+
+        _, page, table = run_demo(out or Path("whence-demo"), fresh=fresh, seed=seed, loss=loss or "l1")
     print_table(table["columns"], table["rows"], json, page=str(page), notes=table["notes"])
 
 
@@ -47,7 +55,7 @@ def train(
     device: str = "cpu",
     json: bool = False,
 ) -> None:
-    """Train a diffusers UNet2DModel with an exact record, or go on with a training that was interrupted.
+    """Train a diffusers U-Net with an exact record, or go on with a training that was interrupted.
 
     Args:
         data: Training images: a folder, a parquet file, a folder of datasets.save_to_disk, or demo.
@@ -71,6 +79,8 @@ def sample(
     /,
     *,
     count: int = 4,
+    prompt: Annotated[tuple[str, ...], UseAppendAction] = (),
+    guidance: float = 1.0,
     steps: int = 50,
     seed: int = 0,
     trajectory: bool = False,
@@ -81,7 +91,9 @@ def sample(
 
     Args:
         model: A run of whence, or a checkpoint folder, pipeline or model saved by diffusers.
-        count: Images to sample.
+        count: Images to sample; of each prompt, where there are some.
+        prompt: Caption, or label, of a model that is told these; given again for each further one.
+        guidance: Scale of classifier-free guidance; 1 is the model's own prediction.
         steps: Denoising steps.
         seed: Seed of the noise.
         trajectory: Also keep what the sampler took each image to be at each step, as journey-trak needs it.
@@ -89,7 +101,7 @@ def sample(
         json: Print the path as JSON.
     """
     run = source.open(model)
-    path = run.sample(count, steps=steps, seed=seed, trajectory=trajectory)
+    path = run.sample(count, prompts=prompt, guidance_scale=guidance, steps=steps, seed=seed, trajectory=trajectory)
     print(jsonlib.dumps({"images": str(path)}) if json else path)
 
 

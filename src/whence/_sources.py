@@ -27,7 +27,12 @@ from whence.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-_DEMO_FILES = {"demo": "train.parquet", "demo-queries": "queries.parquet"}
+_DEMO_FILES = {
+    "demo": "train.parquet",
+    "demo-queries": "queries.parquet",
+    "demo-styles": "styles.parquet",
+    "demo-styles-queries": "styles-queries.parquet",
+}
 _METADATA = "metadata.jsonl"
 _Kind = Literal["image", "id", "label", "caption"]
 _NAMES: dict[_Kind, tuple[str, ...]] = {

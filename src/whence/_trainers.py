@@ -10,13 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from whence.config import ModelSettings, TrainAgainSettings, TrainingSettings
 from whence.data import ImageData
 from whence.errors import ConfigError, RetrainingError, WhenceError
+from whence.model_making import recorded_settings
 from whence.training import checkpoint_steps, steps_per_epoch, train
 
 _LOG_CHARS = 1500
@@ -44,9 +45,10 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """Name all that a training depends on beside its images and its seed."""
+        training = recorded_settings(self.model, self.training)
         return {
-            "model": asdict(self.model),
-            "training": {k: v for k, v in asdict(self.training).items() if k != "seed"},
+            "model": training.pop("model"),
+            "training": {k: v for k, v in training.items() if k != "seed"},
         } | ({} if self.same_steps_as is None else {"same_steps_as": self.same_steps_as})
 
     def check(self, num_images: int) -> None:
@@ -145,7 +147,8 @@ def make_trainer(settings: TrainAgainSettings, config: dict[str, Any] | None, nu
     try:
         assert config is not None
         model = ModelSettings(**_tuples(config["model"]))
-        training = TrainingSettings(**{f.name: config[f.name] for f in fields(TrainingSettings)})
+        names = [f.name for f in fields(TrainingSettings) if f.name != "caption_dropout" or model.condition != "none"]
+        training = TrainingSettings(**{name: config[name] for name in names})
     except (AssertionError, KeyError, TypeError) as error:
         raise ConfigError(
             "This run was not trained by `whence train`, so that it is not known how to train it again. Say so with "

@@ -9,7 +9,7 @@ from whence.data import ImageData
 from whence.errors import ConfigError
 from whence.methods import Baseline, Method, RetrainingMethod, method_by_name
 
-BUNDLED = ("demo", "demo-queries")
+BUNDLED = ("demo", "demo-queries", "demo-styles", "demo-styles-queries")
 """Sources that come with whence."""
 
 Images = Union[str, Path, ImageData, "Queries", Sequence[str | Path | ImageData]]

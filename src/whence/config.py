@@ -13,6 +13,7 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 TargetName = Literal[PredictionType, "flow", "edm"]
 WeightingScheme = Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
 WeightsName = Literal["raw", "ema"]
+ConditionName = Literal["none", "label", "words"]
 DtypeName = Literal["float32", "float64"]
 ProjectionKind = Literal["two_sided_sketch", "two_sided", "sketch", "gaussian", "rademacher", "identity"]
 RowsDtype = Literal["float16", "bfloat16", "float32"]
@@ -87,7 +88,7 @@ class ConditioningSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """A ``diffusers.UNet2DModel`` and its noise schedule, when ``whence train`` makes the model."""
+    """A ``diffusers`` U-Net in pixels and its noise schedule, when ``whence train`` makes the model."""
 
     widths: tuple[int, ...] = (32, 64, 64)
     """Channels of each resolution level, from full size down."""
@@ -105,6 +106,15 @@ class ModelSettings:
     """Noise schedule, by its name in diffusers."""
     prediction_type: PredictionType = "epsilon"
     """What the model predicts: the noise, the velocity v, or the clean image."""
+    condition: ConditionName = "none"
+    """What the model is told of an image: nothing, its label (UNet2DModel), or the words of its caption
+    (UNet2DConditionModel with cross-attention, where ``attention_levels`` say)."""
+    word_width: int = 64
+    """Length of a word's vector, of a model that is told words."""
+    caption_words: int = 16
+    """Words in the longest caption, of a model that is told words."""
+    classes: tuple[str, ...] = ()
+    """Labels in the order of their numbers, of a model that is told labels. Default: those of the images, sorted."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,8 @@ class TrainingSettings:
     """Keep an exponential moving average of the weights with this decay, beside the raw ones."""
     mixed_precision: AutocastName = "no"
     """Autocast type of the forward pass. fp16 needs a GPU."""
+    caption_dropout: float = 0.1
+    """Share of visits whose caption or label is withheld, so that the model can be guided; each is on record."""
     seed: int = 0
     """Seed of the initial weights, the order of the images, noise, timesteps and flips."""
 

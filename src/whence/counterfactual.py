@@ -25,6 +25,7 @@ from whence.config import CounterfactualSettings, Way
 from whence.data import ImageData, fingerprint_of
 from whence.encoders import Encoder, find_encoder
 from whence.errors import ConfigError, DataError, ScoresError, check_choice
+from whence.event_table import conditions_of
 from whence.many_models import ManyModels, Members, Sampling, Unit, plan_models
 from whence.measuring import finite_measures, make_grid, measure_model
 from whence.methods.baselines import EMBEDDINGS
@@ -279,7 +280,7 @@ def check_scored(scores: Scores, train: ImageData, queries: ImageData) -> None:
             f"have {', '.join(scores.query_ids[:3])}{', …' if len(scores.query_ids) > 3 else ''}. Trace these queries."
         )
     asked_about = scores.details.get("queries", {}).get("fingerprint")
-    hash_of = dict(zip(queries.ids, queries.hashes, strict=True))
+    hash_of = dict(zip(queries.ids, queries.seen_hashes, strict=True))
     if asked_about is not None and set(scores.query_ids) == set(hash_of):
         if fingerprint_of(scores.query_ids, [hash_of[id_] for id_ in scores.query_ids]) != asked_about:
             raise ScoresError(
@@ -326,6 +327,7 @@ def _recognise(
         steps=sampling.steps,
         seed=sampling.seed,
         batch_size=settings.batch_size,
+        conditions=conditions_of(queries, range(len(queries)), device=model.device),
     )
     if drawn.shape[1:] != (queries.channels, queries.height, queries.width):
         raise DataError(f"The model samples images of {drawn.shape[1:]}, the queries are of another size.")

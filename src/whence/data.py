@@ -88,21 +88,22 @@ class ImageData:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over every id and what the model sees of it, in order; what a model is not shown does not count."""
-        hashes = [
-            self.hashes,
-            *([self.encoding.hashes] if self.encoding else []),
-            *([self._mask_hashes] if self.masks is not None else []),
-        ]
-        return fingerprint_of(self.ids, map("".join, zip(*hashes, strict=True)))
-
-    @property
-    def _mask_hashes(self) -> list[str]:
-        return [hash_pixels(mask[None]) for mask in ([] if self.masks is None else self.masks)]
+        return fingerprint_of(self.ids, self.seen_hashes)
 
     @cached_property
     def hashes(self) -> tuple[str, ...]:
         """Hash of the pixels of each image, as the model sees them."""
         return tuple(source.hashes[k] for source, k in self._entries)
+
+    @cached_property
+    def seen_hashes(self) -> tuple[str, ...]:
+        """Hash of all that counts of each image: pixels, what the model is told, and the region."""
+        hashes = [self.hashes]
+        if self.encoding is not None:
+            hashes.append(self.encoding.hashes)
+        if self.masks is not None:
+            hashes.append(tuple(hash_pixels(mask[None]) for mask in self.masks))
+        return tuple(map("".join, zip(*hashes, strict=True)))
 
     @cached_property
     def conversions(self) -> dict[str, int]:
@@ -392,7 +393,7 @@ def open_images(source: str | Path, settings: DataSettings = _AS_THEY_ARE) -> Im
     - A .parquet file, or a folder of such files, with a column of images.
     - A folder written by ``save_to_disk`` of Hugging Face ``datasets``.
     - A .safetensors file written by ``save_arrays``; its values are kept exactly, and so are trajectories in it.
-    - "demo" and "demo-queries": images that come with whence.
+    - "demo", "demo-queries", "demo-styles" and "demo-styles-queries": images that come with whence.
 
     Of several splits the one named train is taken. A table without an id column has the ids row-0000000 and so on.
 
@@ -481,6 +482,7 @@ def save_arrays(
     ids: Iterable[Any],
     labels: Iterable[Any] | None = None,
     trajectories: Trajectories | None = None,
+    captions: Iterable[Any] | None = None,
 ) -> None:
     """Write float images so that ``open_images`` gives the same values; the same images make the same bytes.
 
@@ -490,6 +492,7 @@ def save_arrays(
         ids: As in ``ImageData.from_arrays``.
         labels: As in ``ImageData.from_arrays``.
         trajectories: How a sampler came to the images.
+        captions: As in ``ImageData.from_arrays``.
 
     Raises:
         DataError: If the suffix is another one, or pixels or ids cannot be used.
@@ -497,13 +500,16 @@ def save_arrays(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise DataError(f"{path} must end in .safetensors, by which open_images knows the format.")
-    data = ImageData.from_arrays(pixels, ids, labels, source=str(path))
+    data = ImageData.from_arrays(pixels, ids, labels, captions, source=str(path))
     # One entry, because the order of several differs from one writing to the next.
     about: dict[str, Any] = {"format_version": FORMAT_VERSION, "ids": data.ids, "labels": data.labels}
+    about |= {} if data.captions is None else {"captions": data.captions}
     arrays = {"images": data.pixels(range(len(data)))}
     if trajectories is not None:
         _check_frames(trajectories, data)
         about["trajectories"] = {"timesteps": trajectories.timesteps, "about": trajectories.about}
+        if trajectories.of_latents:
+            about["trajectories"]["of_latents"] = True
         arrays["frames"] = np.ascontiguousarray(trajectories.frames)
     with publish_file(path) as partial:
         save_file(arrays, partial, metadata={"whence": json.dumps(about)})
@@ -514,7 +520,7 @@ def _open_arrays(path: Path, settings: DataSettings, source: str) -> ImageData:
         with safe_open(path, framework="numpy") as file:
             pixels, entry = file.get_tensor("images"), json.loads((file.metadata() or {})["whence"])
             version, ids, labels = entry["format_version"], entry["ids"], entry["labels"]
-            steps = entry.get("trajectories")
+            captions, steps = entry.get("captions"), entry.get("trajectories")
             frames = None if steps is None else file.get_tensor("frames")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -526,7 +532,7 @@ def _open_arrays(path: Path, settings: DataSettings, source: str) -> ImageData:
             f"{source} has format version {version}; this version of whence reads {FORMAT_VERSION}. Open it with the "
             "version that wrote it."
         )
-    data = ImageData.from_arrays(pixels, ids, labels, source=source)
+    data = ImageData.from_arrays(pixels, ids, labels, captions, source=source)
     side = settings.resolution
     if side not in (None, data.height) or side not in (None, data.width) or (settings.grey and data.channels == 3):
         raise DataError(
@@ -537,7 +543,7 @@ def _open_arrays(path: Path, settings: DataSettings, source: str) -> ImageData:
     if frames is None or steps is None:
         return data
     try:
-        found = Trajectories(frames, tuple(steps["timesteps"]), tuple(steps["about"]))
+        found = Trajectories(frames, tuple(steps["timesteps"]), tuple(steps["about"]), bool(steps.get("of_latents")))
         _check_frames(found, data)
     except (DataError, KeyError, TypeError) as error:
         raise DataError(f"{source} has trajectories that cannot be used: {error}") from error
@@ -546,6 +552,8 @@ def _open_arrays(path: Path, settings: DataSettings, source: str) -> ImageData:
 
 def _check_frames(trajectories: Trajectories, data: ImageData) -> None:
     rows, _, *size = trajectories.frames.shape
+    if trajectories.of_latents:
+        return  # their size is that of the network's latents, which is known where they are used
     want = [len(data), data.channels, data.height, data.width]
     if [rows, *size] != want:
         raise DataError(f"Frames must be of {want} (images, channels, height, width), found {[rows, *size]}.")

@@ -48,14 +48,9 @@ def run_demo(
         The run, the page, and the table of what was measured.
 
     Raises:
-        ConfigError: If ``fresh`` would remove something that is not a demo.
+        ConfigError: If ``fresh`` would remove something that is not a demo, or the folder holds something else.
     """
-    if fresh:
-        remove_demo(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
-        raise ConfigError(f"{folder} holds something that is not a demo. Give another --out.")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()
+    claim_folder(folder, fresh=fresh)
     run = train_run(
         folder,
         "demo",
@@ -74,6 +69,24 @@ def run_demo(
         ],
     )
     return run, page, json.loads((folder / "evaluation" / "retrieval.json").read_text())
+
+
+def claim_folder(folder: Path, *, fresh: bool) -> None:
+    """Make a folder for a demo, or take that of an earlier one.
+
+    Args:
+        folder: Where the run goes.
+        fresh: Remove an earlier demo first.
+
+    Raises:
+        ConfigError: If the folder holds something that is not a demo.
+    """
+    if fresh:
+        remove_demo(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
+        raise ConfigError(f"{folder} holds something that is not a demo. Give another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
 
 
 def remove_demo(folder: Path) -> None:

@@ -71,7 +71,7 @@ class GroundTruth:
     timestep_loss: ndarray
     """(subset, seed, query, timestep) float32: loss at each of them, so that other weightings can be made."""
     query_hashes: tuple[str, ...] = ()
-    """Hash of the pixels of each query, ``ImageData.hashes``; empty where it is not known."""
+    """Hash of what the model sees of each query, ``ImageData.seen_hashes``; empty where it is not known."""
     models: tuple[tuple[str, ...], ...] = ()
     """Hash of each model's weights, by subset and seed; empty where it is not known."""
     details: dict[str, Any] = field(default_factory=dict)

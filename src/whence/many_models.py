@@ -36,6 +36,7 @@ from whence.data import ImageData, concatenate
 from whence.diffusion.adapters import check_model
 from whence.diffusion.process import NoiseProcess
 from whence.errors import ConfigError, RetrainingError, WhenceError
+from whence.event_table import conditions_of
 from whence.measuring import MeasuringGrid, make_grid, measure_model
 from whence.progress import progress_bar
 from whence.sampling import sample_in_parts
@@ -274,7 +275,8 @@ class ManyModels:
 
     def _measure(self, folder: Path, device: str) -> dict[str, Any]:
         weights = self.settings.weights_name
-        checkpoint = list_checkpoints(folder)[-1]
+        last = self.subject.checkpoints[-1]  # a trainer of one's own may leave a LoRA as well, of the same base
+        checkpoint = list_checkpoints(folder, base=last.base_folder, lora_alpha=last.lora_alpha)[-1]
         check_files(checkpoint)
         scheduler = load_scheduler(checkpoint)
         process = NoiseProcess.from_scheduler(scheduler)
@@ -300,8 +302,16 @@ class ManyModels:
         """Sample the images that are asked of every model: (sample, channel, height, width)."""
         asked = self.sampling
         assert asked is not None
-        size = self.settings.batch_size
-        return sample_in_parts(model, scheduler, asked.ids, steps=asked.steps, seed=asked.seed, batch_size=size)
+        rows = self.queries.rows(asked.ids)
+        return sample_in_parts(
+            model,
+            scheduler,
+            asked.ids,
+            steps=asked.steps,
+            seed=asked.seed,
+            batch_size=self.settings.batch_size,
+            conditions=conditions_of(self.queries, rows, device=model.device),
+        )
 
     def tidy(self) -> None:
         """Clear away what a killed process left, where all units are finished."""

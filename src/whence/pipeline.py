@@ -524,7 +524,13 @@ class Run(RunFolder):
             partial.write_text(markdown_table(table))
 
     def report(
-        self, *, queries: ImageData | None = None, planted: str | None = None, notes: Sequence[str] = (), k: int = 10
+        self,
+        *,
+        queries: ImageData | None = None,
+        planted: str | None = None,
+        notes: Sequence[str] = (),
+        summary: Mapping[str, Any] | None = None,
+        k: int = 10,
     ) -> Path:
         """Write ``report/index.html`` about what was traced last.
 
@@ -533,6 +539,7 @@ class Run(RunFolder):
             planted: Label of a group of training images whose retrieval is measured; the table goes on top of the page
                 and into ``evaluation/retrieval.json``.
             notes: Lines to put below that table.
+            summary: Another table to put on top, as :func:`whence.report.write_report` takes it.
             k: Images in each ranking.
 
         Returns:
@@ -540,9 +547,10 @@ class Run(RunFolder):
         """
         scores, opened, settings = self.load_scores(queries)
         table, shown = None, scores
-        if planted is not None:
+        if planted is not None or summary is not None:
             # What needs no model is in the table for comparison; its rankings would only lengthen the page.
             shown = [s for s in scores if s.query_timesteps is not None] or scores
+        if planted is not None:
             table = retrieval_table(scores, self.train_images, opened, planted, k)
             table["notes"] += notes
         page = write_report(
@@ -551,7 +559,7 @@ class Run(RunFolder):
             scores=shown,
             train=self.train_images,
             queries=opened,
-            summary=table,
+            summary=summary or table,
             settings=self.settings() | {"trace": settings},
             k=k,
         )

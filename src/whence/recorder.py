@@ -14,7 +14,7 @@ In a script that trains with ``accelerate``, give it the accelerator and leave t
 import atexit
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ class Recorder:
         """
         sample_ids = checked_ids(ids)
         if not 0 <= probability <= 1:
-            raise RecordError(f"The share of withheld captions must be from 0 to 1; found {probability}.")
+            raise RecordError(f"The probability of drop() must be 0 to 1; found {probability}.")
         dropped = [is_withheld(key, probability) for key in self._keys(sample_ids)]
         self._prepare(sample_ids)["condition_dropped"] = dropped
         return torch.tensor(dropped)
@@ -246,8 +246,8 @@ class Recorder:
         self._leave_open_pass()
         self._begin_if_not_loaded()
         prepared = self._take_prepared(sample_ids)
-        if condition_dropped is not None and "condition_dropped" in prepared:
-            raise RecordError("Captions were withheld by drop(); leave condition_dropped out of draw().")
+        if condition_dropped is not None and prepared.get("condition_dropped", dropped.tolist()) != dropped.tolist():
+            raise RecordError("condition_dropped is not what drop() gave for this batch; leave it out of draw().")
         keys = self._keys(sample_ids)
         self._occurrences.update(sample_ids)
         timesteps = torch.tensor([self.process.drawn_timestep(key) for key in keys], dtype=torch.long)
@@ -371,6 +371,7 @@ class Recorder:
         ema: Any = None,
         resume_tensors: dict[str, dict[str, Tensor]] | None = None,
         resume_state: dict[str, Any] | None = None,
+        files: Mapping[str, Any] | None = None,
     ) -> Checkpoint:
         """Close the part and write a checkpoint of the model as it is after the steps so far.
 
@@ -381,6 +382,7 @@ class Recorder:
             ema: A ``diffusers.training_utils.EMAModel``, where one is kept.
             resume_tensors: Safetensors files to put into the checkpoint's ``resume/``, by their stem.
             resume_state: Plain data to put into ``resume/state.json``.
+            files: Plain data to put into JSON files beside the weights, by the names of these.
 
         Returns:
             The checkpoint on disk.
@@ -399,6 +401,7 @@ class Recorder:
             ema=ema,
             resume_tensors=resume_tensors,
             resume_state=resume_state,
+            files=files,
         )
 
     def close_part(self) -> None:

@@ -114,7 +114,7 @@ def _assemble(work: ManyModels) -> GroundTruth:
         seeds=work.settings.seeds,
         query_ids=work.queries.ids,
         query_sets=work.query_sets,
-        query_hashes=work.queries.hashes,
+        query_hashes=work.queries.seen_hashes,
         measures=finite_measures(work.process),
         outputs=np.ascontiguousarray(outputs.transpose(2, 1, 0, 3)),
         timesteps=work.grid.timesteps,

@@ -10,9 +10,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,55 +24,31 @@ from whence.diffusion.adapters import check_model, predict
 from whence.diffusion.noise import keyed_order
 from whence.diffusion.objectives import sample_loss
 from whence.diffusion.process import NoiseProcess
+from whence.encoding import own_encoding
 from whence.errors import CheckpointError, ConfigError, RecordError
 from whence.event_table import conditions_of
+from whence.model_making import (
+    make_model,
+    make_scheduler,
+    model_faults,
+    raise_faults,
+    recorded_settings,
+    unknown_names,
+)
 from whence.precision import autocast
 from whence.progress import progress_bar
 from whence.recorder import Recorder
+from whence.words import encoder_for, files_of, with_classes
 
 _TIMED_STEPS = 6
-_HEAD_WIDTH = 8  # attention_head_dim of diffusers.UNet2DModel by default
 
 
-def make_model(settings: ModelSettings, data: ImageData, seed: int) -> Any:
-    """Make a ``diffusers.UNet2DModel`` with weights that depend on the seed alone.
-
-    Returns:
-        The model, on the CPU.
-
-    Raises:
-        ConfigError: If settings are out of range, do not fit each other, or do not fit the size of the images.
-    """
-    import diffusers
-
-    _raise_faults(_model_faults(settings, data))
-    levels = len(settings.widths)
-    attention = [level >= levels - settings.attention_levels for level in range(levels)]
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return diffusers.UNet2DModel(
-            sample_size=(data.height, data.width),
-            in_channels=data.channels,
-            out_channels=data.channels,
-            layers_per_block=settings.layers_per_block,
-            block_out_channels=settings.widths,
-            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
-            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-            norm_num_groups=settings.norm_groups,
-            dropout=settings.dropout,
-            add_attention=settings.attention_levels > 0,
-        )
-
-
-def make_scheduler(settings: ModelSettings) -> Any:
-    """Make the ``diffusers.DDPMScheduler`` of a model."""
-    import diffusers
-
-    return diffusers.DDPMScheduler(
-        num_train_timesteps=settings.train_timesteps,
-        beta_schedule=settings.beta_schedule,
-        prediction_type=settings.prediction_type,
-    )
+def encoded_for(settings: ModelSettings, data: ImageData) -> ImageData:
+    """Put beside training images what a model of such settings is told of them, where that is not done yet."""
+    encoding = own_encoding(encoder_for(settings))
+    if encoding is None or (data.encoding is not None and data.encoding.encoder == encoding.encoder.hash):
+        return data
+    return encoding.encode(data, None)
 
 
 def checkpoint_steps(num_images: int, settings: TrainingSettings) -> list[int]:
@@ -112,7 +87,7 @@ def train(
 
     Args:
         folder: The run.
-        data: Training images.
+        data: Training images, with captions or labels where the model is told these.
         model_settings: Architecture and noise schedule.
         settings: Optimizer, schedule, length, seed.
         device: Torch device.
@@ -126,7 +101,9 @@ def train(
         ConfigError: If settings are out of range or contradict each other; nothing has been written then.
         RecordError: If the folder holds a record made with other settings or other images.
     """
+    model_settings = with_classes(model_settings, data)
     _check_settings(folder, data, model_settings, settings, device)
+    data = encoded_for(model_settings, data)
     stops = checkpoint_steps(len(data), settings)
     model = make_model(model_settings, data, settings.seed).to(device)
     loop = _Loop(folder, data, model, model_settings, settings, stops[-1], device)
@@ -163,6 +140,8 @@ def seconds_per_step(data: ImageData, model_settings: ModelSettings, settings: T
         The median over steps; the first one, which is slower, is not counted.
     """
     seconds = []
+    model_settings = with_classes(model_settings, data)
+    data = encoded_for(model_settings, data)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=_cuda_devices(device)):
         _seed(settings.seed, device)
         model = make_model(model_settings, data, settings.seed).to(device)
@@ -195,6 +174,7 @@ class _Loop:
         self.data = data
         self.model = model.train()
         self.settings = settings
+        self.encoder = encoder_for(model_settings)
         self.device = device
         scheduler = make_scheduler(model_settings)
         self.process = NoiseProcess.from_scheduler(scheduler)
@@ -216,7 +196,7 @@ class _Loop:
             folder,
             scheduler=scheduler,
             optimizer=self.optimizer,
-            config=asdict(settings) | {"model": asdict(model_settings)},
+            config=recorded_settings(model_settings, settings),
             data_fingerprint=data.fingerprint,
             resume_from=_step_to_resume(folder, self.last),
             same_config=True,
@@ -264,6 +244,7 @@ class _Loop:
             ema=self.ema,
             resume_tensors={"optimizer": optimizer, "rng": _rng_states(self.device)},
             resume_state={"learning_rates": self.learning_rates.state_dict(), "scaler": self.scaler.state_dict()},
+            files=files_of(self.encoder),
         )
 
     def resume(self) -> Checkpoint | None:
@@ -295,10 +276,12 @@ class _Loop:
     def _losses(self, rows: Tensor) -> Float[Tensor, " event"]:
         ids = [self.data.ids[row] for row in rows.tolist()]
         clean = torch.from_numpy(self.data.inputs(rows.tolist())).to(self.device)
-        conditions = conditions_of(self.data, rows.tolist(), device=self.device)
+        dropped = None if self.encoder is None else self.recorder.drop(ids, self.settings.caption_dropout)
+        withheld = None if dropped is None else dropped.numpy()
+        conditions = conditions_of(self.data, rows.tolist(), withheld, device=self.device)
         if self.settings.random_flip:
             clean = self.recorder.flip(ids, clean)
-        noise, timesteps = self.recorder.draw(ids, like=clean)
+        noise, timesteps = self.recorder.draw(ids, like=clean, condition_dropped=dropped)
         with autocast(self.settings.mixed_precision, self.device):
             noisy = self.process.add_noise(clean, noise, timesteps)
             prediction = predict(self.model, noisy, self.process.times(timesteps), conditions)
@@ -392,63 +375,17 @@ def check_device(device: str) -> None:
 def _check_settings(
     folder: Path, data: ImageData, model_settings: ModelSettings, settings: TrainingSettings, device: str
 ) -> None:
-    _raise_faults(
+    raise_faults(
         _folder_faults(folder)
-        + _model_faults(model_settings, data)
+        + model_faults(model_settings, data)
         + _training_faults(settings)
         + _device_faults(settings, device)
     )
 
 
-def _raise_faults(faults: list[str]) -> None:
-    if faults:
-        raise ConfigError("; ".join(faults) + ".")
-
-
 def _folder_faults(folder: Path) -> list[str]:
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return [] if nearest.is_dir() else [f"--out must be a folder; {nearest} is a file"]
-
-
-def _model_faults(settings: ModelSettings, data: ImageData) -> list[str]:
-    faults = _unknown_names(settings, "beta_schedule", "prediction_type")
-    if settings.layers_per_block < 1:
-        faults.append(f"layers_per_block must be above 0, found {settings.layers_per_block}")
-    if not 0 <= settings.dropout < 1:
-        faults.append(f"dropout must be at least 0 and below 1, found {settings.dropout}")
-    if settings.train_timesteps < 2:
-        faults.append(f"train_timesteps: the model needs at least 2 timesteps, found {settings.train_timesteps}")
-    if settings.norm_groups < 1:
-        faults.append(f"norm_groups must be above 0, found {settings.norm_groups}")
-    if not settings.widths or min(settings.widths) < 1:
-        return [*faults, f"widths must be one or more numbers of channels above 0, found {settings.widths}"]
-    return faults + _level_faults(settings, data)
-
-
-def _level_faults(settings: ModelSettings, data: ImageData) -> list[str]:
-    """Find what does not fit the number and the widths of the levels."""
-    faults = []
-    levels = len(settings.widths)
-    factor = 2 ** (levels - 1)
-    if data.height % factor or data.width % factor:
-        faults.append(
-            f"a model of {levels} levels halves its images {levels - 1} times, so their sides must be multiples of "
-            f"{factor}; found {data.width} x {data.height} pixels (set another --resolution or fewer --widths)"
-        )
-    if settings.norm_groups > 0 and any(width % settings.norm_groups for width in settings.widths):
-        faults.append(f"each width in {settings.widths} must be a multiple of norm_groups = {settings.norm_groups}")
-    if not 0 <= settings.attention_levels <= levels:
-        return [
-            *faults,
-            f"attention_levels must be 0 to {levels}, the number of widths; found {settings.attention_levels}",
-        ]
-    attended = settings.widths[levels - settings.attention_levels :]
-    if any(width % _HEAD_WIDTH for width in attended):
-        faults.append(
-            f"each width with attention must be a multiple of {_HEAD_WIDTH}, the width of a head; found {attended} "
-            "(change the widths, or set attention_levels to 0)"
-        )
-    return faults
 
 
 def _training_faults(settings: TrainingSettings) -> list[str]:
@@ -466,7 +403,9 @@ def _training_faults(settings: TrainingSettings) -> list[str]:
             faults.append(f"{name} must be at least 0 and below 1, found {getattr(settings, name)}")
     if not (math.isfinite(settings.weight_decay) and settings.weight_decay >= 0):
         faults.append(f"weight_decay must be finite and not negative, found {settings.weight_decay}")
-    faults += _unknown_names(settings, "loss", "schedule", "mixed_precision")
+    faults += unknown_names(settings, "loss", "schedule", "mixed_precision")
+    if not 0 <= settings.caption_dropout < 1:
+        faults.append(f"caption_dropout must be at least 0 and below 1, found {settings.caption_dropout}")
     if settings.warmup_steps < 0:
         faults.append(f"warmup_steps must not be negative, found {settings.warmup_steps}")
     if settings.micro_batch_size is not None and not 0 < settings.micro_batch_size <= settings.batch_size:
@@ -478,15 +417,6 @@ def _training_faults(settings: TrainingSettings) -> list[str]:
     if not -(2**63) <= settings.seed < 2**63:
         faults.append(f"seed must be from -2^63 to 2^63 - 1, found {settings.seed}")
     return faults
-
-
-def _unknown_names(settings: ModelSettings | TrainingSettings, *names: str) -> list[str]:
-    known = {name: get_args(hint) for name, hint in get_type_hints(type(settings)).items()}
-    return [
-        f"{name} must be one of {', '.join(known[name])}, found {getattr(settings, name)}"
-        for name in names
-        if getattr(settings, name) not in known[name]
-    ]
 
 
 def _device_faults(settings: TrainingSettings, device: str) -> list[str]:

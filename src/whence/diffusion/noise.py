@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, UInt64
 from numpy import ndarray
 
-Stream = Literal["record", "grid", "trajectory", "order", "subset", "measure"]
+Stream = Literal["record", "grid", "trajectory", "order", "subset", "measure", "word"]
 Side = Literal["train", "query"]
 
 _NUM_SCALARS = 4
@@ -36,7 +36,7 @@ def noise_key(
     Args:
         seed: Seed of the training run or of the query grid.
         stream: What the draw serves: a recorded visit, a grid of timesteps, a sampler's trajectory, an order, who is in
-            a subset of the training set, or the measuring of a retrained model.
+            a subset of the training set, the measuring of a retrained model, or the vector of a word.
         side: Whether the sample is a training sample or a query.
         sample_id: Stable id of the sample.
         position: Optimizer step of a recorded visit (from 1); timestep of a grid point or trajectory.
@@ -66,8 +66,8 @@ def drawn_timestep(key: int, num_timesteps: int) -> int:
     return int(scalar_draws(key)[0] * num_timesteps)
 
 
-def derived_key(key: int, purpose: Literal["offset", "perturbation", "posterior", "condition"]) -> int:
-    """Name a second draw of the same event: shift or perturbation of its noise, sample of a VAE, caption withheld."""
+def derived_key(key: int, purpose: Literal["offset", "perturbation", "posterior", "dropped"]) -> int:
+    """Name a second draw of an event: shift of its noise, input perturbation, sample of a VAE, withheld caption."""
     digest = hashlib.blake2b(f"{int(key)} {purpose}".encode(), digest_size=8, person=b"whence-noise-2").digest()
     return int.from_bytes(digest, "little")
 
@@ -79,7 +79,7 @@ def drawn_flip(key: int) -> bool:
 
 def is_withheld(key: int, probability: float) -> bool:
     """Tell whether a key withholds the caption or label of its visit."""
-    return bool(scalar_draws(derived_key(key, "condition"))[0] < probability)
+    return bool(scalar_draws(derived_key(key, "dropped"))[0] < probability)
 
 
 def normals(key: int, shape: tuple[int, ...]) -> Float32[ndarray, "*shape"]:

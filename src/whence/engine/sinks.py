@@ -47,14 +47,22 @@ class GatherSink(AbstractSink):
 
     def __init__(self, layout: Layout, rows: Float[Tensor, "unit param"], units_per_group: int = 1):
         self.layout = layout
-        self.rows = rows.zero_()  # a parameter that the output does not use is never handed over
+        self.rows = rows
         self.units_per_group = units_per_group
+        self._unused = set(layout.spans)
 
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Put one layer's part in its place."""
         for own, span, gradients in factors.pieces(names):
             start = self.layout.spans[names[own]].start
             self.rows[:, start + span.start : start + span.stop] = gradients
+        self._unused.difference_update(names.values())
+
+    def finish(self) -> None:
+        """Put zeros where a parameter was never handed over, as the output does not use it."""
+        for name in self._unused:
+            self.rows[:, self.layout.spans[name]] = 0
+        self._unused = set(self.layout.spans)
 
     @property
     def unit_norm_squared(self) -> Float64[Tensor, " unit"]:
@@ -87,10 +95,13 @@ class _SmallParameters:
         self, factors: AbstractLayerFactors, names: dict[str, str], num_numbers: Callable[[str], int]
     ) -> dict[str, str]:
         """Keep the small ones of a layer, and return the names of the others."""
-        large = {own: name for own, name in names.items() if num_numbers(name) > _SMALL}
-        for own in [own for own in names if own not in large]:
+        large = {}
+        for own, name in names.items():
+            if num_numbers(name) > _SMALL:
+                large[own] = name
+                continue
             flat = factors.gradient(own).flatten(1)
-            self._kept[names[own]] = flat
+            self._kept[name] = flat
             self._num_kept += flat.numel()
             if self._num_kept > numbers_at_once(flat.device):
                 self.use_up()
@@ -151,6 +162,8 @@ class ProjectSink(AbstractSink):
     def __init__(self, projection: AbstractProjection, rows: Float[Tensor, "unit width"], *, with_norms: bool = True):
         self.projection = projection
         self.rows = rows.zero_()
+        is_open = projection.open_width > projection.width
+        self._opened = rows.new_zeros(len(rows), projection.open_width) if is_open else self.rows
         self.with_norms = with_norms
         self.norm_squared: Float64[Tensor, " unit"] = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         self._small = _SmallParameters(self._add_flat)
@@ -159,15 +172,17 @@ class ProjectSink(AbstractSink):
         """Add one layer's part."""
         names = self._small.keep(factors, names, self.projection.num_numbers)
         if names:
-            norm_squared = factors.project(self.projection, names, self.rows, with_norms=self.with_norms)
+            norm_squared = factors.project(self.projection, names, self._opened, with_norms=self.with_norms)
             if self.with_norms:
                 self.norm_squared += norm_squared
 
     def finish(self) -> None:
-        """Add the small parameters' part."""
+        """Add the small parameters' part, and give the rows their width."""
         self._small.use_up()
+        if self._opened is not self.rows:
+            self.projection.close(self._opened, self.rows)
 
     def _add_flat(self, names: list[str], flat: Float[Tensor, "unit number"]) -> None:
-        self.projection.add_flat(self.rows, names, flat)
+        self.projection.add_flat(self._opened, names, flat)
         if self.with_norms:
             self.norm_squared += squared_lengths(flat)
