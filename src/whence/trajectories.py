@@ -3,8 +3,9 @@
     frames      float32, axes row, step, channel, height, width: what the sampler takes the clean image to be
     timesteps   of the steps, ascending: from the last step of the sampler to its first
 
-Frames are images in [-1, 1], or latents as the network sees them. Steps stand in the order of their timesteps, as everything else that has phases, from least noise to most. They lie in
-the file of the sampled images (``whence.data.save_arrays``), which says of each image what sampled it.
+Frames are images in [-1, 1], or latents as the network sees them. Steps stand in the order of their timesteps, as
+everything else that has phases, from least noise to most. They lie in the file of the sampled images
+(``whence.data.save_arrays``), which says of each image what sampled it.
 """
 
 from collections.abc import Mapping, Sequence
