@@ -8,7 +8,7 @@ import pytest
 from conftest import toy_images
 from whence import text_demo
 from whence.config import TraceSettings
-from whence.data import open_images
+from whence.data import open_images, save_arrays
 from whence.errors import ConfigError, DataError
 from whence.scores import Scores
 from whence.text_demo import HELD_OUT, PROMPTS, TRAIN, factor_table, factors_of, read_caption
@@ -50,6 +50,11 @@ def test_the_table_counts_styles_and_names_apart():
 
 
 def test_the_demo_runs_and_shows_prompts_and_captions(tmp_path, monkeypatch):
+    for name, count in (("TRAIN", 12), ("HELD_OUT", 3)):
+        images = open_images(getattr(text_demo, name), replace(text_demo.DATA, resolution=8)).select(range(count))
+        path, pixels = tmp_path / f"{name}.safetensors", images.pixels(range(count))
+        save_arrays(path, pixels, images.ids, images.labels, captions=images.captions)
+        monkeypatch.setattr(text_demo, name, str(path))
     monkeypatch.setattr(text_demo, "DATA", replace(text_demo.DATA, resolution=8))
     monkeypatch.setattr(text_demo, "MODEL", replace(text_demo.MODEL, widths=(8, 8), norm_groups=4))
     monkeypatch.setattr(text_demo, "TRACE", TraceSettings(timesteps=2, draws=2))
@@ -58,7 +63,7 @@ def test_the_demo_runs_and_shows_prompts_and_captions(tmp_path, monkeypatch):
     monkeypatch.setattr(
         text_demo,
         "training_settings",
-        lambda loss, seed: replace(settings(loss, seed, epochs=1), batch_size=70, checkpoints=1),
+        lambda loss, seed: replace(settings(loss, seed, epochs=1), batch_size=6, checkpoints=1),
     )
     folder = tmp_path / "demo"
     run, page, table = text_demo.run_text_demo(folder, show_progress=False)

@@ -122,3 +122,17 @@ def checked_weights(weights: Any, num_samples: int) -> Tensor:
     if not tensor.isfinite().all():
         raise RecordError(f"loss_weight must be finite; found {tensor[~tensor.isfinite()][0]}.")
     return tensor
+
+
+def checked_losses(losses: Tensor, weights: Tensor, shape: tuple[int, ...], with_prior: bool) -> Tensor:
+    """Give one weighted loss per sample, where these are given, or the losses of all elements without their weight."""
+    if losses.ndim > 1 and losses.shape == shape:
+        return losses.detach().float().cpu().flatten(1).mean(1) * weights
+    if losses.shape != shape[:1]:
+        halved = with_prior and losses.shape[:1] == (shape[0] // 2,)
+        raise RecordError(
+            f"The losses must be one per sample, of shape {tuple(shape[:1])}; found {tuple(losses.shape)}. Average "
+            "over the elements of each sample, not over the batch; or give all elements, of the shape of the noise."
+            + (" Take them before the script parts instances from class images." if halved else "")
+        )
+    return losses.detach().float().cpu()

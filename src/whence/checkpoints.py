@@ -335,7 +335,11 @@ def _architecture(checkpoint: Checkpoint, weights: WeightsName) -> dict[str, Any
 
 
 def load_scheduler(checkpoint: Checkpoint) -> Any:
-    """Load the noise scheduler of a checkpoint: in its folder, in one of the two above it, or beside a LoRA's base.
+    """Load the noise scheduler that belongs to a checkpoint.
+
+    It is the one in the checkpoint's folder; else that of the record of its training, in one of the two folders above;
+    else the one of a pipeline there, or beside the base. The record comes before the pipeline, because scripts of
+    ``diffusers`` save a pipeline with the scheduler it samples with, which need not be the one it was trained with.
 
     Returns:
         A scheduler of its own ``diffusers`` class.
@@ -343,17 +347,24 @@ def load_scheduler(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: If there is none, or diffusers does not know its class.
     """
-    places = [checkpoint.folder, checkpoint.folder.parent, checkpoint.folder.parent.parent]
-    if checkpoint.base_folder is not None:
-        places += [checkpoint.base_folder, checkpoint.base_folder.parent]
-    found = next((p / "scheduler" for p in places if (p / "scheduler" / "scheduler_config.json").exists()), None)
-    if found is None:
+    above = [checkpoint.folder.parent, checkpoint.folder.parent.parent]
+    base = [] if checkpoint.base_folder is None else [checkpoint.base_folder, checkpoint.base_folder.parent]
+    places = [checkpoint.folder / "scheduler" / "scheduler_config.json"]
+    places += [parent / "record" / "manifest.json" for parent in above]
+    places += [folder / "scheduler" / "scheduler_config.json" for folder in above + base]
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
         raise CheckpointError(
             f"No scheduler/scheduler_config.json in {checkpoint.folder} or the two folders above it. Save the noise "
             "scheduler of the training there: scheduler.save_pretrained(folder / 'scheduler')."
         )
-    path = found / "scheduler_config.json"
-    return _make_from_config(path, read_json(path), "scheduler")
+    config = read_json(path)
+    if path.name == "manifest.json":
+        recorded = config.get("scheduler")
+        if not isinstance(recorded, dict) or not isinstance(recorded.get("config"), dict):
+            raise CheckpointError(f"{path} does not say which scheduler training had. Restore it or train again.")
+        config = recorded["config"] | {"_class_name": recorded.get("class")}
+    return _make_from_config(path, config, "scheduler")
 
 
 def save_checkpoint(

@@ -87,7 +87,12 @@ class Encoding:
             raise DataError(
                 f"The network is told the {what} of each image; {len(empty)} of {len(images)} images of "
                 f"{images.source} have none: {abbreviate(empty)}. Name the column with {option}, or a metadata.jsonl "
-                "beside the images" + ("; or give one caption for all with --caption." if what == "caption" else ".")
+                "beside the images"
+                + (
+                    "; or give one caption for all with --caption, to queries with --prompts."
+                    if what == "caption"
+                    else "."
+                )
             )
         return texts
 
