@@ -1,6 +1,6 @@
 """Sinks: what is wanted of the per-unit gradients of a backward pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,10 @@ from whence.projections import AbstractProjection
 
 _SMALL = 1024
 """Numbers of a parameter whose gradients are kept back to be used up with others: biases, scales, shifts."""
+_NUMBERS_PER_CALL = 2**14
+"""Numbers that are copied in the time of a call: a product of matrices and what goes before it."""
+_SUMMED = 2**12
+"""Numbers over which a product is taken at once: over some hundred thousand it is off by 1e-5 in float32."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,25 @@ class Layout:
     def num_numbers(self, name: str) -> int:
         """Count the numbers of a parameter."""
         return self.spans[name].stop - self.spans[name].start
+
+    def runs(self, names: Iterable[str]) -> list[tuple[list[str], slice]]:
+        """Find the parameters among some that lie end to end.
+
+        Args:
+            names: Of parameters, in any order.
+
+        Returns:
+            The names in each run, in the order of the layout, and where it lies.
+        """
+        found: list[tuple[list[str], slice]] = []
+        for name in sorted(names, key=lambda name: self.spans[name].start):
+            span = self.spans[name]
+            if found and found[-1][1].stop == span.start:
+                run, before = found.pop()
+                found.append(([*run, name], slice(before.start, span.stop)))
+            else:
+                found.append(([name], span))
+        return found
 
 
 class GatherSink(AbstractSink):
@@ -143,8 +166,18 @@ class DotSink(AbstractSink):
 
     def _add_flat(self, names: list[str], flat: Float[Tensor, "unit number"]) -> None:
         self.norm_squared += squared_lengths(flat)
-        if len(self.vectors):
-            self.dots += flat @ torch.cat([self._vectors(name) for name in names], dim=1).T
+        if not len(self.vectors):
+            return
+        runs = self.layout.runs(names)
+        if len(self.vectors) * flat.shape[1] > len(runs) * _NUMBERS_PER_CALL:
+            # To bring gradients into the order of so many vectors is less work than the other way round.
+            of = dict(zip(names, flat.split([self.layout.num_numbers(name) for name in names], dim=1), strict=True))
+            parts = [(torch.cat([of[name] for name in run], dim=1), self.vectors[:, span]) for run, span in runs]
+        else:
+            parts = [(flat, torch.cat([self._vectors(name) for name in names], dim=1))]
+        for gradients, vectors in parts:
+            for few, of_vectors in zip(gradients.split(_SUMMED, dim=1), vectors.split(_SUMMED, dim=1), strict=True):
+                self.dots += few @ of_vectors.T
 
     def _vectors(self, name: str) -> Float[Tensor, "vector number"]:
         return self.vectors[:, self.layout.spans[name]]
