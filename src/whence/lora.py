@@ -1,5 +1,7 @@
 """LoRA adapters on disk, and how they are put on the model that they adapt.
 
+There are two forms of them::
+
     pytorch_lora_weights.safetensors                  of diffusers: names start with unet. or transformer.; alpha stands
                                                       in its header, in keys that end with .alpha, or nowhere
     adapter_model.safetensors, adapter_config.json    of peft
