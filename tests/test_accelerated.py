@@ -36,6 +36,15 @@ def make_accelerator(monkeypatch):
     GradientState._reset_state()
 
 
+def fake_accelerator(rank=0, num_processes=1, **changed):
+    """What the recorder reads of an accelerator, for processes that are not there."""
+    states = []
+    settings = {"process_index": rank, "num_processes": num_processes, "mixed_precision": "no", "scaler": None}
+    settings |= {"sync_gradients": True, "gradient_accumulation_steps": 1, "states": states}
+    settings |= {"register_for_checkpointing": states.append, "wait_for_everyone": lambda: None}
+    return SimpleNamespace(**(settings | changed))
+
+
 def make_recorder(folder, accelerator=None, optimizer=None, **changed):
     optimizer = optimizer or torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.25)
     given = {"scheduler": DDPMScheduler(num_train_timesteps=50), "optimizer": optimizer, "config": {"seed": 3}}
@@ -144,6 +153,31 @@ class TestState:
             recorder.step(torch.ones(1))
         with pytest.raises(RecordError, match="already holds a record"):
             make_recorder(tmp_path, make_accelerator())
+
+    def test_resumed_with_fewer_processes_and_with_more(self, tmp_path):
+        """Two processes took three steps and saved after two; one goes on, then two again."""
+        for rank in (0, 1):
+            with make_recorder(tmp_path, fake_accelerator(rank, 2), config={"checkpointing_steps": 2}) as recorder:
+                for _ in range(3):
+                    recorder.draw([f"of rank {rank}"], like=torch.zeros(1, *SHAPE))
+                    recorder.step(torch.ones(1))
+        assert len(Record.open(tmp_path / "record").visits) == 6
+        resume = {"checkpointing_steps": 2, "resume_from_checkpoint": "latest"}
+        for ranks in ([0], [0, 1]):
+            for rank in ranks:
+                accelerator = fake_accelerator(rank, len(ranks))
+                with make_recorder(tmp_path, accelerator, config=resume) as recorder:
+                    accelerator.states[0].load_state_dict({"whence_step": 2})
+                    recorder.draw([f"of rank {rank}"], like=torch.zeros(1, *SHAPE))
+                    recorder.step(torch.ones(1))
+            visits = Record.open(tmp_path / "record").visits
+            assert visits.rank[visits.step == 3].tolist() == ranks
+            assert visits.samples_in_step[visits.step == 3].tolist() == [len(ranks)] * len(ranks)
+
+    def test_a_state_that_is_not_the_recorders(self, tmp_path):
+        accelerator = fake_accelerator()
+        with make_recorder(tmp_path, accelerator), pytest.raises(RecordError, match="not that of a Recorder"):
+            accelerator.states[0].load_state_dict({"step": 2})
 
     def test_saving_in_the_middle_of_a_step(self, tmp_path, make_accelerator):
         accelerator = make_accelerator(steps=2)
@@ -323,15 +357,7 @@ class TestTraps:
         """The gradient scaler finds an infinite gradient; its optimizer is not told before step()."""
         parameter = torch.zeros(2, requires_grad=True)
         parameter.grad = torch.tensor([1.0, math.inf])
-        accelerator = SimpleNamespace(
-            process_index=0,
-            num_processes=1,
-            sync_gradients=True,
-            gradient_accumulation_steps=1,
-            mixed_precision="fp16",
-            scaler=None,
-            register_for_checkpointing=lambda state: None,
-        )
+        accelerator = fake_accelerator(mixed_precision="fp16")
         optimizer = torch.optim.SGD([parameter], lr=0.25)
         with make_recorder(tmp_path, accelerator, optimizer) as recorder:
             recorder.draw(["a"], like=torch.zeros(1, *SHAPE))

@@ -379,3 +379,12 @@ def test_what_cannot_be_sampled_is_refused(pipelines: Path, tmp_path: Path):
         open_tiny(pipelines, "sd", tmp_path / "a").sample(1)
     with pytest.raises(ConfigError, match="told nothing but the noisy image"):
         open_tiny(pipelines, "pixels", tmp_path / "b").sample(1, prompts=["a cat"])
+
+
+def test_a_scheduler_of_another_kind_of_model_is_refused(pipelines: Path, tmp_path: Path):
+    folder = shutil.copytree(pipelines / "sd3", tmp_path / "wrong")
+    shutil.rmtree(folder / "scheduler")
+    diffusers.DDPMScheduler(num_train_timesteps=50).save_pretrained(folder / "scheduler")
+    run = open_tiny(tmp_path, "wrong", tmp_path / "out")
+    with pytest.raises(UnsupportedModelError, match="SD3Transformer2DModel is trained by flow matching; .* epsilon"):
+        run.subject.source(run.checkpoints[-1], _settings())

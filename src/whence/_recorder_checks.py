@@ -136,3 +136,31 @@ def checked_losses(losses: Tensor, weights: Tensor, shape: tuple[int, ...], with
             + (" Take them before the script parts instances from class images." if halved else "")
         )
     return losses.detach().float().cpu()
+
+
+def one_learning_rate(optimizer: Any) -> float:
+    rates = sorted({float(group["lr"]) for group in optimizer.param_groups})
+    if len(rates) > 1:
+        raise RecordError(
+            "All parameters must have one learning rate; the optimizer's groups have "
+            f"{', '.join(map(str, rates))}. The weight of a visit would not be one number; train with one rate."
+        )
+    return rates[0]
+
+
+def clip_coefficient_of(grad_norm: Tensor | float | None, max_grad_norm: float | None) -> float:
+    """Repeat what ``torch.nn.utils.clip_grad_norm_`` multiplied gradients with; NaN for a norm that is not finite."""
+    if grad_norm is None and max_grad_norm is not None:
+        raise RecordError(
+            f"Gradients are clipped to the norm {max_grad_norm}, so step() needs the norm that "
+            "clip_grad_norm_ returned. If you do not clip, make the Recorder with a config without max_grad_norm."
+        )
+    if grad_norm is None:
+        return 1.0
+    if max_grad_norm is None:
+        raise RecordError(
+            "step() got a gradient norm but does not know to what it is clipped. Make the Recorder with "
+            "max_grad_norm=..., or leave the gradient norm out if you do not clip."
+        )
+    norm = float(grad_norm)
+    return min(1.0, max_grad_norm / (norm + 1e-6)) if math.isfinite(norm) else math.nan

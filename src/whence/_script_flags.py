@@ -47,12 +47,12 @@ def check_flags(settings: Mapping[str, Any]) -> None:
         raise RecordError(f"The config asks for what a record cannot follow. {'; '.join(faults)}. Train without.")
     for name, why in _WARNED.items():
         if settings.get(name):
-            warnings.warn(f"{name}={settings[name]}: {why}", stacklevel=4)
+            warnings.warn(f"{name}={settings[name]}: {why}", stacklevel=3)
     if str(settings.get("optimizer", "")).lower() == "prodigy":
         warnings.warn(
             "optimizer=prodigy: it multiplies the learning rate by a distance that it estimates, which is not on "
             "record; the weights of visits hold within a stretch of training, not between its beginning and its end.",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

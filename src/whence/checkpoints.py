@@ -359,12 +359,30 @@ def load_scheduler(checkpoint: Checkpoint) -> Any:
             "scheduler of the training there: scheduler.save_pretrained(folder / 'scheduler')."
         )
     config = read_json(path)
-    if path.name == "manifest.json":
-        recorded = config.get("scheduler")
-        if not isinstance(recorded, dict) or not isinstance(recorded.get("config"), dict):
-            raise CheckpointError(f"{path} does not say which scheduler training had. Restore it or train again.")
-        config = recorded["config"] | {"_class_name": recorded.get("class")}
-    return _make_from_config(path, config, "scheduler")
+    return (
+        scheduler_of_record(path, config)
+        if path.name == "manifest.json"
+        else _make_from_config(path, config, "scheduler")
+    )
+
+
+def scheduler_of_record(path: Path, manifest: Mapping[str, Any]) -> Any:
+    """Make the noise scheduler that a record says training had.
+
+    Args:
+        path: The manifest, for messages.
+        manifest: What is in it.
+
+    Returns:
+        A scheduler of its own ``diffusers`` class.
+
+    Raises:
+        CheckpointError: If the manifest does not say, or diffusers does not know its class.
+    """
+    recorded = manifest.get("scheduler")
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("config"), dict):
+        raise CheckpointError(f"{path} does not say which scheduler training had. Restore it or train again.")
+    return _make_from_config(path, recorded["config"] | {"_class_name": recorded.get("class")}, "scheduler")
 
 
 def save_checkpoint(

@@ -1,14 +1,12 @@
 """LoRA adapters on disk, and how they are put on the model that they adapt.
 
-There are two forms of them::
-
-    pytorch_lora_weights.safetensors                  of diffusers: names start with unet. or transformer.; alpha stands
-                                                      in its header, in keys that end with .alpha, or nowhere
+    pytorch_lora_weights.safetensors                  of diffusers: names start with unet. or transformer.
     adapter_model.safetensors, adapter_config.json    of peft
 
-Both lie in the folder of a checkpoint, or in ``unet`` or ``transformer`` below it. Whatever the file calls them, the
-adapters of a model are named as peft names them: ``...to_q.lora_A.default.weight``. The base is frozen. torch and peft
-are imported only when adapters are put on a model.
+Of the former, alpha stands in its header, in keys that end with .alpha, or nowhere. Both lie in the folder of a
+checkpoint, or in ``unet`` or ``transformer`` below it. Whatever the file calls them, the adapters of a model are named
+as peft names them: ``...to_q.lora_A.default.weight``. The base is frozen. torch and peft are imported only when
+adapters are put on a model.
 """
 
 import json

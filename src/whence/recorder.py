@@ -34,6 +34,8 @@ from whence._recorder_checks import (
     checked_ids,
     checked_norm,
     checked_optimizer,
+    clip_coefficient_of,
+    one_learning_rate,
     whole_number,
 )
 from whence._recorder_folder import RecorderFolder
@@ -271,7 +273,7 @@ class Recorder:
             asks_for_input=self.process.objective.input_perturbation > 0,
             with_prior=bool(self._settings.get("with_prior_preservation")),
         )
-        self._drawn_at_rate = self._learning_rate() if self._accelerated else None
+        self._drawn_at_rate = one_learning_rate(self.optimizer) if self._accelerated else None
         return noise, times.to(like.device)
 
     def accumulate(self, loss_per_sample: Float[Tensor, "event *shape"], *, loss_weight: Any = None) -> None:
@@ -317,7 +319,7 @@ class Recorder:
         if accelerated:
             grad_norm, is_skipped = accelerated.norm_and_skip(self.optimizer, grad_norm, self.max_grad_norm)
             skipped = skipped or is_skipped
-        clip_coefficient = 0.0 if skipped else self._clip_coefficient(grad_norm)
+        clip_coefficient = 0.0 if skipped else clip_coefficient_of(grad_norm, self.max_grad_norm)
         self.accumulate(loss_per_sample, loss_weight=loss_weight)
         if not math.isfinite(clip_coefficient):
             raise NumericsError(
@@ -325,7 +327,7 @@ class Recorder:
                 "finite. Lower the learning rate; if a gradient scaler skipped the step, pass skipped=True."
             )
         self.last_step += 1
-        learning_rate = self._learning_rate()
+        learning_rate = one_learning_rate(self.optimizer)
         if accelerated and learning_rate != self._drawn_at_rate:
             raise RecordError(
                 f"The learning rate was {self._drawn_at_rate} when noise was drawn and is {learning_rate} at step(). "
@@ -493,32 +495,6 @@ class Recorder:
         assert self._accelerated is not None  # otherwise all passes are counted together
         prior = self._settings.get("with_prior_preservation")
         return self._accelerated.samples_in_step(len(rows["ids"]) // (2 if prior else 1))
-
-    def _learning_rate(self) -> float:
-        rates = sorted({float(group["lr"]) for group in self.optimizer.param_groups})
-        if len(rates) > 1:
-            raise RecordError(
-                "All parameters must have one learning rate; the optimizer's groups have "
-                f"{', '.join(map(str, rates))}. The weight of a visit would not be one number; train with one rate."
-            )
-        return rates[0]
-
-    def _clip_coefficient(self, grad_norm: Tensor | float | None) -> float:
-        """Repeat what ``torch.nn.utils.clip_grad_norm_`` multiplied the gradients with."""
-        if grad_norm is None and self.max_grad_norm is not None:
-            raise RecordError(
-                f"Gradients are clipped to the norm {self.max_grad_norm}, so step() needs the norm that "
-                "clip_grad_norm_ returned. If you do not clip, make the Recorder with a config without max_grad_norm."
-            )
-        if grad_norm is None:
-            return 1.0
-        if self.max_grad_norm is None:
-            raise RecordError(
-                "step() got a gradient norm but does not know to what it is clipped. Make the Recorder with "
-                "max_grad_norm=..., or leave the gradient norm out if you do not clip."
-            )
-        norm = float(grad_norm)
-        return min(1.0, float(self.max_grad_norm) / (norm + 1e-6)) if math.isfinite(norm) else math.nan
 
     def _append(self, passes: list[dict[str, Any]], kind: str = "visits") -> None:
         columns = {name: [v for rows in passes for v in rows[name]] for name in passes[0] if name != "ids"}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
 from whence.checkpoints import Checkpoint, check_files, load_model
@@ -95,6 +96,8 @@ def _replay(subject: Subject, checkpoint: Checkpoint, device: str) -> CheckRow:
     check_model(model)
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         return CheckRow(what, "not checkable", len(visits), "the model has dropout, whose draws are not on record")
+    if any(isinstance(m, LabelEmbedding) and m.dropout_prob > 0 for m in model.modules()):
+        return CheckRow(what, "not checkable", len(visits), "the model withholds labels itself, at random")
     precision = record.manifest["mixed_precision"]
     if precision not in TOLERANCE:
         return CheckRow(what, "not checkable", len(visits), f"mixed precision {precision!r} cannot be replayed")

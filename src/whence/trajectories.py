@@ -1,11 +1,11 @@
 """Trajectories: what a sampler took each image to be, step by step.
 
-    frames      float32 in [-1, 1], axes row, step, channel, height, width: the sampler's prediction of the clean
-                image; or of its latents, as the network sees them
+    frames      float32, axes row, step, channel, height, width: what the sampler takes the clean image to be
     timesteps   of the steps, ascending: from the last step of the sampler to its first
 
-Steps stand in the order of their timesteps, as everything else that has phases, from least noise to most. They lie in
-the file of the sampled images (``whence.data.save_arrays``), which says of each image what sampled it.
+Frames are images in [-1, 1], or latents as the network sees them. Steps stand in the order of their timesteps, as
+everything else that has phases, from least noise to most. They lie in the file of the sampled images
+(``whence.data.save_arrays``), which says of each image what sampled it.
 """
 
 from collections.abc import Mapping, Sequence

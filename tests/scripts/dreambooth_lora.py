@@ -78,7 +78,7 @@ def main(args):
         StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=state, unet_lora_adapter_metadata=about)
 
     def load_network(network, folder):
-        state, _ = StableDiffusionPipeline.lora_state_dict(folder)
+        state = StableDiffusionPipeline.lora_state_dict(folder)[0]
         state = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
         set_peft_model_state_dict(network, convert_unet_state_dict_to_peft(state), adapter_name="default")
 
@@ -113,6 +113,7 @@ def main(args):
                 encoder_hidden_states = text_encoder(torch.stack(input_ids), return_dict=False)[0]
                 model_pred = unet(noisy_model_input, timesteps, encoder_hidden_states, return_dict=False)[0]
                 target = noise
+                model_pred_prior, target_prior = model_pred[:0], target[:0]
                 if args.with_prior_preservation:
                     model_pred, model_pred_prior = torch.chunk(model_pred, 2, dim=0)
                     target, target_prior = torch.chunk(target, 2, dim=0)
