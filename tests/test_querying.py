@@ -151,6 +151,18 @@ def test_half_rows_cost_their_own_rounding(subject, store, toy_queries, tmp_path
     assert correlation > 0.9999
 
 
+def test_the_same_image_with_another_region_is_another_query(subject, store, toy_queries, tmp_path):
+    """Vectors that are kept of a query are not taken for those of its parts."""
+    halves = np.zeros((2, 1, 8, 8), np.float32)
+    halves[0, :, :4], halves[1, :, 4:] = 1, 1
+    whole, top, bottom = (
+        ask(subject, store, queries, [TRACIN], tmp_path)["tracin"].values
+        for queries in (toy_queries.select([0]), *(replace(toy_queries.select([0]), masks=mask) for mask in halves))
+    )
+    np.testing.assert_allclose((top + bottom) / 2, whole, rtol=1e-3, atol=1e-4 * np.abs(whole).max())
+    assert np.abs(top - bottom).max() > 0.01 * np.abs(whole).max()
+
+
 def test_asking_again_costs_nothing(subject, store, toy_queries, tmp_path, monkeypatch):
     first = ask(subject, store, toy_queries, [RETRAC], tmp_path)["retrac"]
     monkeypatch.setattr(Subject, "source", lambda *a: pytest.fail("a model was loaded"))
