@@ -279,7 +279,7 @@ class ManyModels:
         checkpoint = list_checkpoints(folder, base=last.base_folder, lora_alpha=last.lora_alpha)[-1]
         check_files(checkpoint)
         scheduler = load_scheduler(checkpoint)
-        process = NoiseProcess.from_scheduler(scheduler)
+        process = NoiseProcess.from_scheduler(scheduler, self.process.objective)
         if process.content_hash != self.process.content_hash:
             raise RetrainingError(
                 f"the noise schedule or prediction type of the model in {folder} is not that of the run, so that their "
