@@ -13,13 +13,14 @@ import torch
 from torch.nn import functional
 
 from tiny_pipelines import PIPELINES, save_pipeline
+from whence.arguments import Queries
 from whence.checkpoints import list_checkpoints, load_model
-from whence.config import ConditioningSettings
+from whence.config import ConditioningSettings, CounterfactualSettings
 from whence.data import ImageData
 from whence.diffusion.adapters import predict
 from whence.encoding import BLOCK, find_encoding
-from whence.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
-from whence.event_table import make_batch
+from whence.errors import CheckpointError, ConfigError, DataError, RecordError, UnsupportedModelError
+from whence.event_table import check_same_data, make_batch
 from whence.methods import GradientPlan, Grid, Trajectory, method_by_name
 from whence.opening import open_run
 from whence.pipeline_encoder import PipelineEncoder
@@ -291,6 +292,16 @@ def _settings() -> Any:
     return GradientSettings()
 
 
+def test_a_part_whose_folder_is_missing(pipelines: Path, tmp_path: Path):
+    folder = shutil.copytree(pipelines / "sd", tmp_path / "less")
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(CheckpointError, match="model_index.json in .* names vae, whose folders are missing. Restore"):
+        _ = open_tiny(tmp_path, "less", tmp_path / "out").train_images
+    (folder / "model_index.json").write_text("{")
+    with pytest.raises(CheckpointError, match="model_index.json cannot be read"):
+        _ = open_tiny(tmp_path, "less", tmp_path / "out").train_images
+
+
 def test_images_without_captions(pipelines: Path, tmp_path: Path):
     with pytest.raises(DataError, match="4 of 4 images of memory have none: i0.*--caption-column.*--caption"):
         _ = open_tiny(pipelines, "sd", tmp_path / "out", make_images(captions=None)).train_images
@@ -356,6 +367,64 @@ def test_prompts_are_sampled_and_traced_along_their_path(pipelines: Path, tmp_pa
     method = replace(method_by_name("grad-cos"), name="along", query=journey)
     found = run.trace(queries, [method], train_timesteps=2, phases=3, show_progress=False)["along"]
     assert np.isfinite(found.values).all() and found.phases.shape == (2, 3, 4)
+
+
+def test_each_prompt_is_encoded_once_and_another_pipeline_samples_anew(pipelines: Path, tmp_path: Path, monkeypatch):
+    run, texts = open_tiny(pipelines, "sd", tmp_path / "out"), []
+    encode = PipelineEncoder.conditions
+    monkeypatch.setattr(
+        PipelineEncoder, "conditions", lambda self, some, size: texts.append(list(some)) or encode(self, some, size)
+    )
+    first = run.sample(3, prompts=["a cat", "red car"], steps=1, show_progress=False)
+    assert texts[-1] == ["a cat", "red car"]
+    other = shutil.copytree(pipelines / "sd", tmp_path / "other")
+    config = json.loads((other / "vae" / "config.json").read_text()) | {"scaling_factor": 0.5}
+    (other / "vae" / "config.json").write_text(json.dumps(config))
+    again = open_tiny(pipelines, "sd", tmp_path / "out", base=str(other))
+    assert again.sample(3, prompts=["a cat", "red car"], steps=1, show_progress=False) != first
+
+
+def test_prompts_replace_the_captions_of_images_that_are_encoded_already(pipelines: Path, tmp_path: Path):
+    run = open_tiny(pipelines, "sd", tmp_path / "out")
+    encoded = run.train_images.select([0])
+    assert run.open_queries(encoded) is not encoded  # joined, as any queries are
+    assert run.open_queries(encoded).fingerprint == encoded.fingerprint
+    told = run.open_queries(Queries([encoded], prompts=["red car"]))
+    want = run.open_queries(replace(make_images().select([0]), captions=("red car",)))
+    np.testing.assert_array_equal(*(one.conditions([0])["encoder_hidden_states"] for one in (told, want)))
+    assert told.fingerprint == want.fingerprint != encoded.fingerprint
+
+
+def test_what_another_encoder_made_is_made_again(pipelines: Path, tmp_path: Path):
+    foreign = open_tiny(pipelines, "sd3", tmp_path / "sd3").train_images.select([1])
+    run = open_tiny(pipelines, "sd", tmp_path / "sd")
+    assert run.open_queries(foreign).fingerprint == run.train_images.select([1]).fingerprint
+
+
+def test_prompts_of_a_network_of_classes_are_labels(pipelines: Path, tmp_path: Path):
+    run = open_tiny(pipelines, "dit", tmp_path / "out")
+    told = run.open_queries(Queries([make_images().select([0, 1])], prompts=["2"]))
+    assert told.conditions([0, 1])["class_labels"].tolist() == [2, 2]
+
+
+def test_a_script_may_record_the_fingerprint_of_what_it_opened(pipelines: Path, tmp_path: Path):
+    images = make_images()
+    table = SCHEMA.empty_table()
+    manifest = {"data_fingerprint": images.fingerprint, "config": {}}
+    record = Record(tmp_path, manifest, (), Visits.from_table(table), Visits.from_table(table))
+    encoded = open_tiny(pipelines, "sd", tmp_path / "out").train_images
+    assert encoded.fingerprint != images.fingerprint
+    check_same_data(record, encoded)
+    with pytest.raises(RecordError, match="are not those that were trained on"):
+        check_same_data(record, encoded.select([1, 0, 2, 3]))
+
+
+def test_images_of_latents_are_not_drawn_again(pipelines: Path, tmp_path: Path):
+    run = open_tiny(pipelines, "sd", tmp_path / "out")
+    settings = CounterfactualSettings(top=(1,), seeds=(0, 1), trainer="own_trainers:save_shifted", timesteps=2)
+    scores = run.trace(run.train_images.select([0]), ["pixels"], show_progress=False)
+    plan = run.plan_counterfactual(run.train_images.select([0]), list(scores.values()), settings)
+    assert plan.drawn == () and "samples latents, and a VAE makes images of them" in " ".join(plan.notes)
 
 
 def test_a_sampled_latent_is_what_the_pipeline_samples_from_the_same_noise(pipelines: Path, tmp_path: Path):
