@@ -15,7 +15,7 @@ from torch.nn import functional
 from tiny_pipelines import PIPELINES, save_pipeline
 from whence.arguments import Queries
 from whence.checkpoints import list_checkpoints, load_model
-from whence.config import ConditioningSettings, CounterfactualSettings
+from whence.config import ConditioningSettings, CounterfactualSettings, ObjectiveSettings
 from whence.data import ImageData
 from whence.diffusion.adapters import predict
 from whence.encoding import BLOCK, find_encoding
@@ -395,6 +395,33 @@ def test_prompts_replace_the_captions_of_images_that_are_encoded_already(pipelin
     assert told.fingerprint == want.fingerprint != encoded.fingerprint
 
 
+def test_queries_are_encoded_as_they_are_whatever_training_drew(pipelines: Path, tmp_path: Path):
+    run = open_tiny(pipelines, "sd", tmp_path / "out")
+    run.__dict__["encoding"] = replace(run.encoding, mirrored=True, drawn=True)
+    trained, asked = run.train_images.encoding, run.open_queries(make_images().select([0])).encoding
+    assert trained.mirrored is not None and trained.latents.deviation is not None
+    assert asked.mirrored is None and asked.latents.deviation is None
+    np.testing.assert_allclose(asked.latents.mean[0], trained.latents.mean[0], rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_said_of_a_model_is_kept_in_its_folder(pipelines: Path, tmp_path: Path):
+    """Opened again by its model, it is what it was; what is said anew takes the place of what was said."""
+    open_run(
+        pipelines / "sd",
+        data="demo",
+        out=tmp_path / "out",
+        conditioning={"caption": "a dog"},
+        objective={"snr_gamma": 5.0},
+    )
+    again = open_run(pipelines / "sd", data="demo", out=tmp_path / "out", objective={"noise_offset": 0.1})
+    assert again.conditioning.caption == "a dog"
+    assert again.objective == ObjectiveSettings(snr_gamma=5.0, noise_offset=0.1)
+    assert open_run(tmp_path / "out").objective == again.objective
+    (tmp_path / "out" / "config.yaml").write_text("conditioning: {unheard_of: 1}")
+    with pytest.raises(ConfigError, match="config.yaml is not a configuration of whence .*unheard_of.* left as it is"):
+        open_run(pipelines / "sd", data="demo", out=tmp_path / "out")
+
+
 def test_what_another_encoder_made_is_made_again(pipelines: Path, tmp_path: Path):
     foreign = open_tiny(pipelines, "sd3", tmp_path / "sd3").train_images.select([1])
     run = open_tiny(pipelines, "sd", tmp_path / "sd")
@@ -408,10 +435,8 @@ def test_prompts_of_a_network_of_classes_are_labels(pipelines: Path, tmp_path: P
 
 
 def test_a_script_may_record_the_fingerprint_of_what_it_opened(pipelines: Path, tmp_path: Path):
-    images = make_images()
-    table = SCHEMA.empty_table()
-    manifest = {"data_fingerprint": images.fingerprint, "config": {}}
-    record = Record(tmp_path, manifest, (), Visits.from_table(table), Visits.from_table(table))
+    images, none = make_images(), Visits.from_table(SCHEMA.empty_table())
+    record = Record(tmp_path, {"data_fingerprint": images.fingerprint, "config": {}}, (), none, none)
     encoded = open_tiny(pipelines, "sd", tmp_path / "out").train_images
     assert encoded.fingerprint != images.fingerprint
     check_same_data(record, encoded)
@@ -460,13 +485,28 @@ def test_a_scheduler_of_another_kind_of_model_is_refused(pipelines: Path, tmp_pa
         run.subject.source(run.checkpoints[-1], _settings())
 
 
+def with_config(run: Any, folder: Path, config: dict[str, Any]) -> Any:
+    """Give a run a record without visits."""
+    none = Visits.from_table(SCHEMA.empty_table())
+    run.__dict__["record"] = Record(folder, {"config": config}, (), none, none)
+    return run
+
+
 def test_an_instance_prompt_on_record_is_told_of_every_training_image(pipelines: Path, tmp_path: Path):
     """As DreamBooth does, which reads no captions; queries keep theirs."""
-    run = open_tiny(pipelines, "sd", tmp_path / "out")
     config = {"instance_prompt": "a photo of sks dog", "caption_column": None}
-    table = SCHEMA.empty_table()
-    run.__dict__["record"] = Record(
-        tmp_path, {"config": config}, (), Visits.from_table(table), Visits.from_table(table)
-    )
+    run = with_config(open_tiny(pipelines, "sd", tmp_path / "out"), tmp_path, config)
     assert set(run.train_images.encoding.conditions.texts) == {"", "a photo of sks dog"}
     assert run.open_queries(make_images().select([1])).encoding.conditions.texts == ("", "a dog")
+
+
+def test_class_images_of_prior_preservation_keep_their_prompt(pipelines: Path, tmp_path: Path):
+    config = {"instance_prompt": "a cat", "class_prompt": "a dog", "with_prior_preservation": True}
+    captions = ("a cat", "a dog", "a cat", "a dog")
+    run = with_config(open_tiny(pipelines, "sd", tmp_path / "out", make_images(captions=captions)), tmp_path, config)
+    conditions = run.train_images.encoding.conditions
+    assert [conditions.texts[k] for k in conditions.of_row] == list(captions)
+    for some in (("a cat", "", "a cat", ""), None):
+        silent = with_config(open_tiny(pipelines, "sd", tmp_path / "2", make_images(captions=some)), tmp_path, config)
+        with pytest.raises(DataError, match="instances 'a cat' and class images 'a dog'; [24] of 4 .* metadata.jsonl"):
+            _ = silent.train_images
