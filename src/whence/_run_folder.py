@@ -61,7 +61,7 @@ class RunFolder:
         images = self.opened_images
         if self.encoding is not None and self.encoding.one_caption:
             images = replace(images, captions=None)
-        return self._encoded(images)
+        return self._encoded(images, self.encoding)
 
     @cached_property
     def opened_images(self) -> ImageData:
@@ -102,8 +102,8 @@ class RunFolder:
         """How images are encoded; None where the network sees pixels and is told nothing."""
         return find_encoding(self.checkpoints[-1], self.opened_images, self.record, self.conditioning)
 
-    def _encoded(self, images: ImageData) -> ImageData:
-        return images if self.encoding is None else self.encoding.encode(images, self.folder / "cache")
+    def _encoded(self, images: ImageData, encoding: Encoding | None) -> ImageData:
+        return images if encoding is None else encoding.encode(images, self.folder / "cache")
 
     def open_queries(self, queries: Images) -> ImageData:
         """Open query images, read them at the size of the training images, and encode them as those are."""
@@ -118,7 +118,9 @@ class RunFolder:
             opened = opened if queries.mask is None else with_masks(opened, queries.mask, settings)
         made_by = None if opened.encoding is None else opened.encoding.encoder
         is_ours = self.encoding is not None and made_by == self.encoding.encoder.hash
-        return opened if is_ours else self._encoded(opened)
+        # Mirroring and draws from the posterior are of training.
+        encoding = self.encoding and replace(self.encoding, mirrored=False, drawn=False)
+        return opened if is_ours else self._encoded(opened, encoding)
 
     def load_scores(self, queries: ImageData | None = None) -> tuple[list[Scores], ImageData, dict[str, Any]]:
         """Load what was traced last: scores, queries, settings.
