@@ -40,7 +40,7 @@ TOOLS: dict[str, list[list[str]]] = {
         ["-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet"]
         + ["--doctree-dir", "docs/_build/doctrees", "docs", "docs/_build/html"]
     ],
-    "test": [["-m", "pytest"]],
+    "test": [["-m", "pytest", "--numprocesses=auto", "--dist=loadfile"]],
     "format": [["-m", "ruff", "check", "--fix-only", "."], ["-m", "ruff", "format", "."]],
 }
 """The arguments of the environment's Python, one list for each program that a command runs."""
@@ -94,6 +94,8 @@ def run(command: str, options: list[str]) -> int:
     """Run every program of one command and return the first exit status that is not 0."""
     # A user's own PYTHONPATH or PYTHONHOME would put foreign packages before those of the environment.
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    if command == "test":  # as many processes as cores: threads of each would only wait for one another
+        environment.setdefault("OMP_NUM_THREADS", "1")
     first_failure = 0
     for program in TOOLS[command]:
         done = subprocess.run([str(PYTHON), *program, *options], cwd=ROOT, env=environment, check=False)

@@ -196,7 +196,7 @@ def test_what_is_encoded_is_not_encoded_again(pipelines: Path, tmp_path: Path, m
         np.testing.assert_array_equal(values, again.conditions([0, 3])[name])
     assert first.fingerprint == again.fingerprint
     with pytest.raises(CheckpointError, match="loaded again"):  # other captions are other conditions
-        open_tiny(pipelines, "sd", tmp_path / "out", make_images(captions=("a", "b", "c", "d"))).train_images
+        _ = open_tiny(pipelines, "sd", tmp_path / "out", make_images(captions=("a", "b", "c", "d"))).train_images
 
 
 def test_an_interrupted_encoding_goes_on(pipelines: Path, tmp_path: Path, monkeypatch):

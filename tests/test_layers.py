@@ -40,6 +40,7 @@ LAYER_OF = {
     "scores": "artifacts",
     "trajectories": "artifacts",
     "encoded": "artifacts",
+    "regions": "artifacts",
     "encoding": "stages",
     "pipeline_encoder": "stages",
     "ensembles": "artifacts",

@@ -1,15 +1,20 @@
 """Options that commands share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from whence._cli_printing import print_rankings
 from whence.config import ConditioningSettings, DataSettings, LossName, ObjectiveSettings
+from whence.errors import ConfigError
 
 if TYPE_CHECKING:
+    from whence.arguments import Queries
     from whence.pipeline import Run
+    from whence.scores import Scores, TopScores
 
 Flat = tyro.conf.OmitArgPrefixes
 """Settings whose options carry no name before their own: ``--timesteps``, not ``--settings.timesteps``."""
@@ -48,6 +53,36 @@ class ModelSource:
             conditioning=given(self.conditioning),
             objective=given(self.objective),
         )
+
+
+@dataclass(frozen=True)
+class QueryOptions:
+    """What is said of the queries beside where they are."""
+
+    mask: Path | None = None
+    """Which part of them counts: an image that is white there, one for all; or a folder with one of each one's name."""
+    prompts: tuple[str, ...] = ()
+    """Captions of the queries, one for each in their order or one for all. Default: those that come with them."""
+    together: str | None = None
+    """Take all queries for one and call it this: a style, a set of failures."""
+
+    def of(self, images: tuple[str, ...]) -> "Queries":
+        """Say it of some images."""
+        from whence.arguments import Queries
+
+        return Queries(images, self.mask, self.prompts)
+
+    def print(self, run: "Run", scores: "Mapping[str, Scores | TopScores]", top: int, json: bool) -> None:
+        """Print what ranks first for each query, or for all of them together."""
+        from whence.scores import Scores
+
+        shown = list(scores.values())
+        if self.together is not None:
+            whole = [one for one in shown if isinstance(one, Scores)]
+            if len(whole) < len(shown):
+                raise ConfigError("Queries are taken together by all of their scores; leave --keep-top out.")
+            shown = [run.pool(one, self.together) for one in whole]
+        print_rankings(shown, top, json)
 
 
 def given(settings: DataSettings | ConditioningSettings | ObjectiveSettings) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from whence._cli_options import Flat, ModelSource
-from whence._cli_printing import print_rankings, print_table
+from whence._cli_options import Flat, ModelSource, QueryOptions
+from whence._cli_printing import print_table
 from whence.config import IndexSettings, QuerySettings
 from whence.errors import ConfigError
 
@@ -54,6 +54,7 @@ def query(
     until: float | None = None,
     until_of: Literal["median", "worst"] = "median",
     top: int = 5,
+    asked: Flat[QueryOptions] = QueryOptions(),  # noqa: B008
     source: Flat[ModelSource] = ModelSource(),  # noqa: B008
     settings: Flat[QuerySettings] = QuerySettings(),  # noqa: B008
     json: bool = False,
@@ -70,13 +71,14 @@ def query(
             --draws are then the most that are taken.
         until_of: Reliability of the median query, or of the worst.
         top: Training images to print for each query.
+        asked: What is said of the queries.
         source: Where the model is from and what it was trained on.
         settings: Size of the query grid, batch size.
         json: Print the rankings as JSON.
     """
     run = source.open(model)
-    scores = run.query(queries, methods, settings, store=store, top=keep_top, until=until, until_of=until_of)
-    print_rankings(list(scores.values()), top, json)
+    scores = run.query(asked.of(queries), methods, settings, store=store, top=keep_top, until=until, until_of=until_of)
+    asked.print(run, scores, top, json)
 
 
 def verify(path: Positional[Path], /, *, json: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from whence._cli_options import Flat, ModelSource
+from whence._cli_options import Flat, ModelSource, QueryOptions
 from whence._cli_printing import print_rankings, print_table
 from whence.config import (
     IndexSettings,
@@ -31,6 +31,7 @@ def trace(
     until: float | None = None,
     until_of: Literal["median", "worst"] = "median",
     top: int = 5,
+    asked: Flat[QueryOptions] = QueryOptions(),  # noqa: B008
     source: Flat[ModelSource] = ModelSource(),  # noqa: B008
     settings: Flat[TraceSettings] = TraceSettings(),  # noqa: B008
     json: bool = False,
@@ -48,13 +49,14 @@ def trace(
             --draws are then the most that are taken.
         until_of: Reliability of the median query, or of the worst.
         top: Training images to print for each query.
+        asked: What is said of the queries.
         source: Where the model is from and what it was trained on.
         settings: Size of the grids, arithmetic, batch sizes.
         json: Print the rankings as JSON.
     """
     run = source.open(model)
-    scores = run.trace(queries, methods, settings, until=until, until_of=until_of)
-    print_rankings(list(scores.values()), top, json)
+    scores = run.trace(asked.of(queries), methods, settings, until=until, until_of=until_of)
+    asked.print(run, scores, top, json)
 
 
 def plan(
@@ -64,6 +66,7 @@ def plan(
     queries: tuple[str, ...] = (),
     methods: tuple[str, ...] = ("tracin", "retrac"),
     index: bool = False,
+    asked: Flat[QueryOptions] = QueryOptions(),  # noqa: B008
     source: Flat[ModelSource] = ModelSource(),  # noqa: B008
     settings: Flat[PlanSettings] = PlanSettings(),  # noqa: B008
     json: bool = False,
@@ -77,6 +80,7 @@ def plan(
         queries: Query images: folders, files, or demo-queries. Not needed with index.
         methods: Any that `whence methods` lists with trace.
         index: Plan `whence index`, and `whence query` where there are queries, instead of a trace.
+        asked: What is said of the queries.
         source: Where the model is from and what it was trained on.
         settings: Those of whence trace; or, with index, of whence index and whence query.
         json: Print the plan as JSON.
@@ -86,10 +90,14 @@ def plan(
     run = source.open(model)
     _warn_of_vain(settings, index)
     if index:
-        asked = settings.part(QuerySettings)
-        made = run.plan_index(settings.part(IndexSettings), queries=queries, methods=methods, asked=asked)
+        made = run.plan_index(
+            settings.part(IndexSettings),
+            queries=asked.of(queries),
+            methods=methods,
+            asked=settings.part(QuerySettings),
+        )
     else:
-        made = run.plan(queries, methods, settings.part(TraceSettings))
+        made = run.plan(asked.of(queries), methods, settings.part(TraceSettings))
     columns = ["methods", "checkpoint", "batch size", "query passes", "turns", "training passes a turn"]
     columns += ["curvature passes", "in all"]
     table = [

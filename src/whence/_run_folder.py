@@ -14,7 +14,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from whence._files import sha256_of_json, write_json
-from whence.arguments import BUNDLED, Images, parts, sources
+from whence.arguments import BUNDLED, Images, Queries, parts, sources
 from whence.checkpoints import Checkpoint, list_checkpoints, load_model, load_scheduler
 from whence.config import (
     ConditioningSettings,
@@ -30,6 +30,7 @@ from whence.errors import ConfigError, DataError, RecordError, ScoresError
 from whence.event_table import EventBatch, EventTable, grid_events, make_batch
 from whence.methods import GradientPlan, Grid, Trajectory
 from whence.record import Record, read_manifest
+from whence.regions import with_masks
 from whence.replay_check import CheckRow, check_run
 from whence.sampling import sample_images
 from whence.scores import Scores, TopScores
@@ -116,6 +117,9 @@ class RunFolder:
         columns = dict.fromkeys(("image_column", "id_column", "label_column", "caption_column"))
         settings = replace(self.data_settings, **columns)
         opened = concatenate([p if isinstance(p, ImageData) else open_images(p, settings) for p in given])
+        if isinstance(queries, Queries):
+            opened = _with_prompts(opened, queries.prompts)
+            opened = opened if queries.mask is None else with_masks(opened, queries.mask, settings)
         return opened if opened.encoding is not None else self._encoded(opened)
 
     def load_scores(self, queries: ImageData | None = None) -> tuple[list[Scores], ImageData, dict[str, Any]]:
@@ -136,6 +140,7 @@ class RunFolder:
         try:
             latest = json.loads(path.read_text())
             folders, sources, settings = latest["folders"], latest["queries"], latest["settings"]
+            told = latest.get("told")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ScoresError(f"{path} is damaged ({error!r}). Trace again; what is computed is used.") from error
         scores = [Scores.load(self.folder / "scores" / name) for name in folders]
@@ -144,7 +149,7 @@ class RunFolder:
         if None in sources:
             raise ScoresError("The queries were given as opened images, not as files; pass them as queries=....")
         try:
-            return scores, self.open_queries(sources), settings
+            return scores, self.open_queries(Queries(sources, **told) if told else sources), settings
         except DataError as error:
             raise ScoresError(f"The queries of the last trace cannot be opened again: {error}") from error
 
@@ -157,6 +162,7 @@ class RunFolder:
             {
                 "folders": [s.folder.name for s in scores if s.folder],
                 "queries": sources(queries),
+                "told": queries.told() if isinstance(queries, Queries) else None,
                 "settings": asdict(settings),
             },
         )
@@ -288,3 +294,15 @@ class RunFolder:
     def _check_recorded(self) -> None:
         if self.record is None:
             read_manifest(self.model / "record")  # raises, saying what is missing
+
+
+def _with_prompts(images: ImageData, prompts: Sequence[str]) -> ImageData:
+    """Give images captions: one for each, or one for all."""
+    if not prompts:
+        return images
+    if len(prompts) not in (1, len(images)):
+        raise DataError(
+            f"There must be one prompt for each query image, or one for all; found {len(prompts)} prompts for "
+            f"{len(images)} images of {images.source}."
+        )
+    return replace(images, captions=tuple(prompts) * (len(images) if len(prompts) == 1 else 1))

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from whence._files import sha256_of_json
 from whence.checkpoints import check_same_architecture
-from whence.config import AutocastName, DtypeName, GradientSettings, TraceSettings, WeightsName
+from whence.config import AutocastName, DtypeName, GradientSettings, ObjectiveSettings, TraceSettings, WeightsName
 from whence.data import ImageData
 from whence.diffusion.process import NoiseProcess
 from whence.encoders import SETTINGS as ENCODER_SETTINGS
@@ -204,6 +204,8 @@ def prepare(
     specs = {method.name: _spec(method, encoders, subject, queries, settings) for method in declared}
     for method, notes in pairs:
         notes += _notes_on_trajectories(queries, specs[method.name])
+        if queries.masks is not None and isinstance(method, Baseline):
+            notes.append("Baselines compare whole images; the mask has no part in them.")
     folders = {name: folder / "scores" / f"{name}-{sha256_of_json(spec)[:8]}" for name, spec in specs.items()}
     groups = _groups([m for m in declared if isinstance(m, Method)])
     return TraceWork(
@@ -420,6 +422,8 @@ def notes_on(scores: Scores, subject: Subject, settings: TraceSettings) -> list[
         Sentences.
     """
     notes = []
+    if subject.record is None and scores.query_timesteps is not None:
+        notes.append(_without_record(subject))
     if scores.train_norms is not None:
         unvisited = np.isnan(scores.train_norms)
         if unvisited.any():
@@ -464,6 +468,18 @@ def notes_on_solutions(details: Mapping[str, Any]) -> list[str]:
         for step, found in details.get("preconditioners", {}).items()
         if "residual" in found
     ]
+
+
+def _without_record(subject: Subject) -> str:
+    """Say what has to be taken on trust, where a record would tell and the replay check would prove it."""
+    said = {f.name: getattr(subject.objective, f.name) for f in fields(subject.objective)}
+    changed = [f"{name} {value}" for name, value in said.items() if value != getattr(ObjectiveSettings(), name)]
+    told = " and captions or labels" if subject.train.conditions([0]) else ""
+    return (
+        f"Without a record it is taken on trust that the model was trained on these images{told}, that its loss was "
+        f"{subject.loss} of {subject.process.prediction_type} with {', '.join(changed) or 'all timesteps alike'}, and "
+        "that nothing else was drawn at random; nothing can check it."
+    )
 
 
 def _weighs_otherwise(record: Record, process: NoiseProcess) -> bool:

@@ -79,6 +79,8 @@ class ImageData:
     """How a sampler came to these images, where that was kept."""
     encoding: Encoded | None = None
     """What the network sees of them, where that is not the pixels alone."""
+    masks: Float32[ndarray, "row height width"] | None = None
+    """Which part of each image counts, 0 to 1; None: all of it. See :mod:`whence.regions`."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -95,10 +97,13 @@ class ImageData:
 
     @cached_property
     def seen_hashes(self) -> tuple[str, ...]:
-        """Hash of all that the model sees of each image: pixels, and what it is told."""
-        if self.encoding is None:
-            return self.hashes
-        return tuple(map("".join, zip(self.hashes, self.encoding.hashes, strict=True)))
+        """Hash of all that counts of each image: pixels, what the model is told, and the region."""
+        hashes = [self.hashes]
+        if self.encoding is not None:
+            hashes.append(self.encoding.hashes)
+        if self.masks is not None:
+            hashes.append(tuple(hash_pixels(mask[None]) for mask in self.masks))
+        return tuple(map("".join, zip(*hashes, strict=True)))
 
     @cached_property
     def conversions(self) -> dict[str, int]:
@@ -185,6 +190,31 @@ class ImageData:
             return {}
         return self.encoding.conditions.take(np.array(self._checked(rows), dtype=np.int64), dropped)
 
+    def region(self, rows: Sequence[SupportsIndex] | ndarray) -> Float32[ndarray, "row height width"] | None:
+        """Give which part of what is noised counts, as a mean over the pixels of each latent; None: all of it.
+
+        Args:
+            rows: Positions in 0..len-1, in any order.
+
+        Returns:
+            Weights from 0 to 1 with the height and width of :attr:`input_shape`.
+
+        Raises:
+            DataError: If the latents do not divide the pixels evenly.
+        """
+        if self.masks is None:
+            return None
+        masks, (_, height, width) = self.masks[self._checked(rows)], self.input_shape
+        if masks.shape[1:] == (height, width):
+            return masks.copy()
+        if masks.shape[1] % height or masks.shape[2] % width:
+            raise DataError(
+                f"A mask of {masks.shape[1]} x {masks.shape[2]} pixels cannot be brought to latents of {height} x "
+                f"{width}. Give --resolution, a multiple of what the VAE shrinks to one."
+            )
+        steps = len(masks), height, masks.shape[1] // height, width, masks.shape[2] // width
+        return masks.reshape(steps).mean(axis=(2, 4))
+
     def picture(self, row: SupportsIndex) -> bytes:
         """Give an image for people to look at, as it came but in RGB; a DataError if its source has gone.
 
@@ -234,6 +264,7 @@ class ImageData:
             _entries=take(self._entries),
             trajectories=self.trajectories and self.trajectories.select(rows),
             encoding=self.encoding and self.encoding.select(rows),
+            masks=None if self.masks is None else self.masks[rows],
         )
 
     def _checked(self, rows: Sequence[SupportsIndex] | ndarray) -> list[int]:
@@ -425,6 +456,12 @@ def concatenate(parts: Sequence[ImageData]) -> ImageData:
             return None
         return tuple(text for part, column in zip(parts, columns, strict=True) for text in column or [""] * len(part))
 
+    def join_masks() -> ndarray | None:
+        if all(part.masks is None for part in parts):
+            return None
+        whole = [np.ones((len(part), part.height, part.width), np.float32) for part in parts]
+        return np.concatenate([w if p.masks is None else p.masks for p, w in zip(parts, whole, strict=True)])
+
     source = " + ".join(part.source for part in parts)
     return replace(
         parts[0],
@@ -435,6 +472,7 @@ def concatenate(parts: Sequence[ImageData]) -> ImageData:
         _entries=tuple(entry for part in parts for entry in part._entries),
         trajectories=join_trajectories([part.trajectories for part in parts]),
         encoding=join_encoded([part.encoding for part in parts]),
+        masks=join_masks(),
     )
 
 

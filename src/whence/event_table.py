@@ -69,15 +69,17 @@ class EventBatch:
     """What it is told besides, by the names of its arguments."""
     loss_weight: Float[Tensor, " event"]
     weight: Float[Tensor, " event"]
+    region: Float[Tensor, "event height width"] | None = None
+    """Which places count; None: all alike."""
 
     def arrays(self) -> dict[str, Tensor]:
         """Give all arrays by name, those of the conditions among them."""
-        return {name: value for name, value in vars(self).items() if name != "conditions"} | self.conditions
+        arrays = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return arrays | self.conditions
 
     def take(self, some: slice) -> "EventBatch":
         """Keep some events."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        kept = {name: value[some] for name, value in values.items() if name != "conditions"}
+        kept = {name: value[some] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return EventBatch(**kept, conditions={name: value[some] for name, value in self.conditions.items()})
 
 
@@ -115,6 +117,7 @@ def make_batch(
         conditions=conditions_of(images, table.row, table.dropped, dtype=dtype, device=device),
         loss_weight=_loss_weight(table, process).to(device, dtype),
         weight=torch.from_numpy(table.weight).to(device, torch.float64),
+        region=region_of(images, table.row, dtype=dtype, device=device),
     )
 
 
@@ -139,6 +142,18 @@ def _clean(table: EventTable, images: ImageData) -> Float[Tensor, "event channel
         drawn = draw_latents(mean, deviation, table.noise_key)
         mean = np.where(table.drawn[:, None, None, None], drawn, mean)
     return torch.from_numpy(mean)
+
+
+def region_of(
+    images: ImageData,
+    rows: Sequence[int] | Int64[ndarray, " event"],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Float[Tensor, "event height width"] | None:
+    """Give which part of what is noised counts, as a tensor; None: all of it."""
+    region = images.region(rows)
+    return None if region is None else torch.from_numpy(region).to(device, dtype)
 
 
 def conditions_of(
@@ -235,15 +250,16 @@ def _noised(
     images: ImageData, rows: Sequence[int], frames: Float32[ndarray, "row step channel height width"], ids: list[str]
 ) -> ImageData:
     """Make a data set of a sampler's frames, each with the condition of its image."""
-    flat = frames.reshape(-1, *frames.shape[2:])
+    flat, of_image = frames.reshape(-1, *frames.shape[2:]), np.repeat(np.asarray(rows), frames.shape[1])
+    masks = None if images.masks is None else images.masks[of_image]
     if images.encoding is None:
-        return ImageData.from_arrays(flat, ids)
-    of_image = np.repeat(np.asarray(rows), frames.shape[1])
+        return replace(ImageData.from_arrays(flat, ids), masks=masks)
     if images.encoding.latents is None:
-        return replace(ImageData.from_arrays(flat, ids), encoding=images.encoding.select(of_image))
+        return replace(ImageData.from_arrays(flat, ids), encoding=images.encoding.select(of_image), masks=masks)
     # Pixels of a frame are not known; those of its image stand in, and are not looked at.
     pixels = images.pixels(of_image)
-    return replace(ImageData.from_arrays(pixels, ids), encoding=images.encoding.with_latents(flat, of_image))
+    encoding = images.encoding.with_latents(flat, of_image)
+    return replace(ImageData.from_arrays(pixels, ids), encoding=encoding, masks=masks)
 
 
 class Replays:

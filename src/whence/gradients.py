@@ -426,8 +426,8 @@ class GradientSource:
             prediction = predict(self.model, batch.noisy, batch.times, batch.conditions)
         prediction = prediction.to(self.dtype)
         if squares is not None:
-            squares.copy_(sample_loss(prediction.detach(), batch.target, "mse"))
-        values = sample_output(prediction, batch.target, self.output, self.loss)
+            squares.copy_(sample_loss(prediction.detach(), batch.target, "mse", batch.region))
+        values = sample_output(prediction, batch.target, self.output, self.loss, batch.region)
         return values * batch.loss_weight if self.output == "loss" else values
 
     def output_scale(self, images: ImageData) -> float:

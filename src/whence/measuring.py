@@ -27,7 +27,7 @@ from whence.diffusion.noise import noise_key, normals, scalar_draws
 from whence.diffusion.objectives import bound_weights, sample_loss, sample_output
 from whence.diffusion.process import NoiseProcess
 from whence.errors import ConfigError, NumericsError
-from whence.event_table import conditions_of
+from whence.event_table import conditions_of, region_of
 
 MEASURES = ("loss", "mse", "squares", "simplified_elbo", "elbo")
 
@@ -117,9 +117,10 @@ def measure_model(
             noisy = process.add_noise(clean, noise, timesteps)
             prediction = predict(model, noisy, process.times(timesteps), conditions).double()
             target = process.target(clean, noise, timesteps).double()
-            flat[0, events] = sample_loss(prediction, target, loss).cpu()
-            flat[1, events] = sample_loss(prediction, target, "mse").cpu()
-            flat[2, events] = sample_output(prediction, target, "squares", loss).cpu()
+            region = region_of(queries, query, dtype=torch.float64, device=model.device)
+            flat[0, events] = sample_loss(prediction, target, loss, region).cpu()
+            flat[1, events] = sample_loss(prediction, target, "mse", region).cpu()
+            flat[2, events] = sample_output(prediction, target, "squares", loss, region).cpu()
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         _, query, timestep, _ = bad[0]

@@ -100,6 +100,22 @@ class Run(RunFolder):
         self._note_latest(list(scores.values()), queries, settings)
         return scores
 
+    def pool(self, scores: Scores, name: str) -> Scores:
+        """Take all queries of some scores for one, and keep the result in ``scores/``; see :meth:`Scores.pool`.
+
+        Args:
+            scores: What :meth:`trace` or :meth:`query` gave.
+            name: What to call the one query.
+
+        Returns:
+            Scores with one query, loaded from their folder.
+        """
+        pooled = scores.pool(name)
+        folder = self.folder / "scores" / f"{scores.method}-pooled-{pooled.content_hash[:8]}"
+        if not folder.exists():
+            pooled.save(folder)
+        return Scores.load(folder)
+
     def plan(
         self,
         queries: Images,

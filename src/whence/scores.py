@@ -9,7 +9,7 @@ from least noise to most), half (of the noise draws), checkpoint and timestep.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,33 @@ class Scores:
     def notes(self) -> list[str]:
         """What a reader has to know: substitutions, samples without a visit, zero gradients."""
         return list(self.details.get("notes", []))
+
+    def pool(self, name: str) -> "Scores":
+        """Take all queries for one: a style, a set of failures.
+
+        A score is linear in its query's side, so the mean over queries is the score of the mean query. Where a method
+        brings each query to one length, each has the same say.
+
+        Args:
+            name: What to call the one query.
+
+        Returns:
+            Scores with one query.
+        """
+
+        def mean(array: ndarray | None, axis: int) -> ndarray | None:
+            return None if array is None else array.mean(axis=axis, keepdims=True)
+
+        return replace(
+            self,
+            query_ids=(name,),
+            values=self.values.mean(axis=0, keepdims=True),
+            phases=mean(self.phases, 0),
+            halves=mean(self.halves, 1),
+            query_norms=mean(self.query_norms, 1),
+            details=self.details | {"pooled": list(self.query_ids)},
+            folder=None,
+        )
 
     def top(self, query_row: int, k: int = 10, *, proponents: bool = True) -> list[TopEntry]:
         """Rank the training samples of one query, strongest first; ties go to the lower row.

@@ -9,7 +9,6 @@ alone (D-TRAK: Zheng et al. 2024, arXiv:2311.00500), for v and x0 prediction as 
                                                              max   largest |y|
 """
 
-import math
 from typing import Literal, get_args
 
 import torch
@@ -22,7 +21,10 @@ from whence.errors import ConfigError, check_choice
 
 
 def sample_loss(
-    prediction: Float[Tensor, "event *shape"], target: Float[Tensor, "event *shape"], loss: LossName
+    prediction: Float[Tensor, "event *shape"],
+    target: Float[Tensor, "event *shape"],
+    loss: LossName,
+    region: Float[Tensor, "event height width"] | None = None,
 ) -> Float[Tensor, " event"]:
     """Compare predictions with targets.
 
@@ -30,6 +32,7 @@ def sample_loss(
         prediction: What the network gave.
         target: What it should have given.
         loss: ``mse`` for the mean squared, ``l1`` for the mean absolute error.
+        region: Weight of each place, if the mean is not over all of them alike.
 
     Returns:
         One loss per event.
@@ -45,7 +48,15 @@ def sample_loss(
             elements = error.abs()
         case unknown:
             raise ConfigError(f"Unknown loss {unknown!r}; known are {', '.join(get_args(LossName))}.")
-    return elements.flatten(start_dim=1).mean(dim=1)
+    return _mean(elements, region)
+
+
+def _mean(elements: Tensor, region: Tensor | None) -> Float[Tensor, " event"]:
+    """Average over the elements of each event, weighted by its region."""
+    if region is None:
+        return elements.flatten(start_dim=1).mean(dim=1)
+    weights = region[:, None].to(elements)
+    return (elements * weights).flatten(1).sum(1) / (weights.flatten(1).sum(1) * elements.shape[1])
 
 
 def sample_output(
@@ -53,6 +64,7 @@ def sample_output(
     target: Float[Tensor, "event *shape"],
     output: OutputName,
     loss: LossName,
+    region: Float[Tensor, "event height width"] | None = None,
 ) -> Float[Tensor, " event"]:
     """Make one number of each prediction.
 
@@ -61,6 +73,7 @@ def sample_output(
         target: What it should have given; of no account but for the loss.
         output: Output function.
         loss: Training loss.
+        region: Weight of each place, if not all of them count alike.
 
     Returns:
         One number per event.
@@ -68,20 +81,22 @@ def sample_output(
     Raises:
         ConfigError: If the output or the loss is unknown.
     """
-    elements = prediction.flatten(start_dim=1)
     match output:
         case "loss":
-            return sample_loss(prediction, target, loss)
+            return sample_loss(prediction, target, loss, region)
         case "squares":
-            return elements.square().mean(dim=1)
+            return _mean(prediction.square(), region)
         case "mean":
-            return elements.mean(dim=1)
+            return _mean(prediction, region)
         case "l1":
-            return elements.abs().mean(dim=1)
+            return _mean(prediction.abs(), region)
         case "l2":
-            return torch.linalg.vector_norm(elements, dim=1) / math.sqrt(elements.shape[1])
+            kept = prediction if region is None else prediction * region[:, None].to(prediction).sqrt()
+            count = prediction[0].numel() if region is None else region.flatten(1).sum(1) * prediction.shape[1]
+            return torch.linalg.vector_norm(kept.flatten(1), dim=1) / count**0.5
         case "max":
-            return elements.abs().amax(dim=1)
+            kept = prediction if region is None else prediction * (region[:, None] > 0)
+            return kept.flatten(1).abs().amax(dim=1)
         case unknown:
             raise ConfigError(f"Unknown output {unknown!r}; known are {', '.join(get_args(OutputName))}.")
 
