@@ -75,7 +75,7 @@ def mean_table(tables: dict[str, dict[str, Any]], kind: str) -> dict[str, Any]:
     for place, row in enumerate(first["rows"]):
         by_seed = np.array([table["rows"][place][1:] for table in chosen.values()])
         rows.append([kind, row[0], *(_cell(values) for values in by_seed.T)])
-    return {"columns": ["model", "method", *columns], "rows": rows}
+    return {"columns": ["model", "method", *columns], "rows": rows, "notes": []}
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -17,7 +17,7 @@ from whence.text_demo import HELD_OUT, PROMPTS, TRAIN, factor_table, factors_of,
 def test_bundled_images_are_all_pairs_without_the_held_out_ones():
     train, held_out = open_images(TRAIN), open_images(HELD_OUT)
     assert train.captions is not None and held_out.captions is not None
-    pairs, others = ([read_caption(caption) for caption in images.captions] for images in (train, held_out))
+    pairs, others = ([read_caption(one) for one in captions] for captions in (train.captions, held_out.captions))
     assert len(set(pairs) | set(others)) == 160 == len(pairs) + len(others)
     assert [style for _, style in pairs] == list(train.labels or ())
     assert {name for name, _ in others} <= {name for name, _ in pairs}

@@ -43,7 +43,7 @@ from whence._recorder_checks import (
 )
 from whence.checkpoints import Checkpoint, save_checkpoint
 from whence.config import LossName, ObjectiveSettings
-from whence.diffusion.noise import derived_key, drawn_flip, noise_key, scalar_draws
+from whence.diffusion.noise import drawn_drop, drawn_flip, noise_key
 from whence.diffusion.process import NoiseProcess
 from whence.errors import InUseError, NumericsError, RecordError
 from whence.record import FORMAT_VERSION, PartWriter, read_manifest
@@ -156,7 +156,7 @@ class Recorder:
         if not 0 <= probability <= 1:
             raise RecordError(f"The probability of drop() must be 0 to 1; found {probability}.")
         keys = self._keys(checked_ids(ids))
-        return torch.tensor([bool(scalar_draws(derived_key(key, "dropped"))[0] < probability) for key in keys])
+        return torch.tensor([drawn_drop(key, probability) for key in keys])
 
     def draw(
         self,

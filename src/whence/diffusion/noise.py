@@ -77,6 +77,11 @@ def drawn_flip(key: int) -> bool:
     return bool(scalar_draws(key)[1] < 0.5)
 
 
+def drawn_drop(key: int, probability: float) -> bool:
+    """Tell whether a key withholds a caption or label, which so large a share of all keys does."""
+    return bool(scalar_draws(derived_key(key, "dropped"))[0] < probability)
+
+
 def normals(key: int, shape: tuple[int, ...]) -> Float32[ndarray, "*shape"]:
     """Draw independent standard normals.
 
