@@ -59,9 +59,9 @@ def make_run(folder: Path, kind: str, seed: str, *, training: TrainingSettings |
     queries: list[str | Path] = [text_demo.HELD_OUT]
     if kind == "words":
         queries.insert(0, run.sample(1, prompts=text_demo.PROMPTS))
-    scores = run.trace(queries, text_demo.METHODS, text_demo.TRACE)
-    table = text_demo.factor_table(list(scores.values()), run.train_images, run.open_queries(queries))
-    run.report(summary=table)
+    scores, opened = text_demo.score(run, queries), run.open_queries(queries)
+    table = text_demo.factor_table(scores, run.train_images, opened)
+    run.report(scores=scores, queries=opened, summary=table)
     write_json(folder / "evaluation" / "factors.json", table)
     return table
 

@@ -71,7 +71,12 @@ def test_the_demo_runs_and_shows_prompts_and_captions(tmp_path, monkeypatch):
     for prompt in PROMPTS[-2:]:
         assert f">{prompt}</h3>" in text  # the prompt is the title of its query
     assert '<span class="caption">' in text
-    assert [row[0] for row in table["rows"]] == [*text_demo.METHODS, "chance", "best possible"]
+    assert [row[0] for row in table["rows"]] == [
+        "d-trak",
+        *text_demo.METHODS,
+        "chance",
+        "best possible",
+    ]
     assert {row.verdict for row in run.check()} == {"passed"}
     again = text_demo.run_text_demo(folder, show_progress=False)
     assert again[2] == table
