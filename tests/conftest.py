@@ -7,6 +7,9 @@ from whence.config import ModelSettings, TrainingSettings
 from whence.data import ImageData
 from whence.training import train
 
+collect_ignore_glob = ["scripts/*"]
+"""Run by tests in processes of their own, beside each other."""
+
 TOY_MODEL = ModelSettings(widths=(8, 8), layers_per_block=1, attention_levels=1, norm_groups=4, train_timesteps=50)
 TOY_TRAINING = TrainingSettings(
     epochs=4, batch_size=4, checkpoints=2, warmup_steps=2, loss="mse", random_flip=True, max_grad_norm=0.5

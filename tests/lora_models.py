@@ -27,12 +27,12 @@ UNET = {
 
 
 def sd() -> Any:
-    return diffusers.UNet2DConditionModel(**UNET)  # pyright: ignore[reportArgumentType]
+    return diffusers.UNet2DConditionModel(**UNET)
 
 
 def sdxl() -> Any:
     return diffusers.UNet2DConditionModel(
-        **UNET,  # pyright: ignore[reportArgumentType]
+        **UNET,
         addition_embed_type="text_time",
         addition_time_embed_dim=2,
         projection_class_embeddings_input_dim=5 + 6 * 2,
@@ -130,7 +130,8 @@ def save_diffusers(
     state = get_peft_model_state_dict(model, adapter_name="default")
     if names == "diffusers":
         state = convert_state_dict_to_diffusers(state)
-    about = config.to_dict() if metadata else None
+    settings = config.to_dict().items()  # a set has another order in another process
+    about = {key: sorted(v) if isinstance(v, set) else v for key, v in settings} if metadata else None
     if part_of(network) == "unet":
         StableDiffusionLoraLoaderMixin.save_lora_weights(
             folder, unet_lora_layers=state, unet_lora_adapter_metadata=about

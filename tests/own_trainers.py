@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from conftest import TOY_MODEL, toy_images
+from lora_models import NETWORKS, add_adapters, draw_weights, save_diffusers
 from whence.training import make_model, make_scheduler
 
 
@@ -16,6 +17,14 @@ def save_shifted(ids: list[str], seed: int, folder: Path) -> None:
     model.conv_out.bias.data[:] = sum(int(id_.split("-")[1]) for id_ in ids) / 100 + seed
     model.save_pretrained(folder / "unet")
     make_scheduler(TOY_MODEL).save_pretrained(folder / "scheduler")
+
+
+def save_lora(ids: list[str], seed: int, folder: Path) -> None:
+    """Leave a LoRA whose weights depend on the ids and the seed."""
+    model = NETWORKS["sd"]()
+    draw_weights(model, seed=0)
+    config = add_adapters(model, seed=1000 * seed + sum(int(id_.split("-")[1]) for id_ in ids))
+    save_diffusers(model, config, folder, "sd")
 
 
 def fail(ids: list[str], seed: int, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Benchmarks run and write what they promise. Figures of costs want a quiet machine and a longer run."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,13 @@ def test_reliability_of_growing_grids_is_tabulated(tmp_path):
     assert [(r["timesteps"], r["draws"]) for r in results] == [(8, 2), (9, 2), (8, 16)]
     assert all(-1 <= r[m]["spearman"] <= 1 for r in results for m in ("tracin", "retrac"))
     assert "| 8 x 2 | 16 |" in made.stdout and "`--until 0.95` takes 16" in made.stdout
+
+
+def test_costs_of_a_lora_are_tabulated(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "lora.py"), "--smoke", "--markdown", str(tmp_path / "lora.md")]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    text = (tmp_path / "lora.md").read_text()
+    for path in ("plain step", "projected rows, exact norms", "exact dots, 176 vectors"):
+        assert text.count(f"| {path} |") == 2
+    off = [float(found) for found in re.findall(r"by at most (\S+) of both lengths", text)]
+    assert len(off) == 2 and max(off) < 1e-5  # float32 sums in another order

@@ -144,6 +144,20 @@ class TestFinding:
         assert load_scheduler(found[0]).config.prediction_type == "v_prediction"  # two folders up counts
         check_files(found[0])  # no checksums, nothing to compare
 
+    def test_folders_of_a_transformer(self, tmp_path):
+        for step in (500, 1000):
+            tiny_model(step).save_pretrained(tmp_path / f"checkpoint-{step}" / "transformer")
+            tiny_model(step + 1).save_pretrained(tmp_path / f"checkpoint-{step}" / "transformer_ema")
+        found = list_checkpoints(tmp_path)
+        assert same_weights(load_model(found[1]), tiny_model(1000))
+        assert same_weights(load_model(found[1], "ema"), tiny_model(1001))
+
+    def test_two_networks_in_one_folder_are_refused(self, tmp_path):
+        for name in ("unet", "transformer"):
+            tiny_model().save_pretrained(tmp_path / name)
+        with pytest.raises(CheckpointError, match="holds both unet and transformer"):
+            list_checkpoints(tmp_path)
+
     def test_a_pipeline_folder(self, tmp_path):
         DDPMPipeline(tiny_model(), tiny_scheduler()).save_pretrained(tmp_path / "pipeline")
         (found,) = list_checkpoints(tmp_path / "pipeline")

@@ -143,6 +143,13 @@ class TestFolder:
         assert opened.ids == ("near",)
         assert opened.captions == ("hello",)
 
+    def test_of_one_image_is_known_what_stands_beside_it(self, tmp_path: Path) -> None:
+        write(tmp_path / "1.png", noise(1))
+        write(tmp_path / "2.png", noise(2))
+        (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a cat"}')
+        assert open_images(tmp_path / "1.png").captions == ("a cat",)
+        assert open_images(tmp_path / "2.png").captions is None
+
     @pytest.mark.parametrize("line", ["no json", "[1]", '{"text": "x"}', '{"file_name": 3}'])
     def test_bad_line_of_metadata(self, tmp_path: Path, line: str) -> None:
         write(tmp_path / "1.png", noise(1))

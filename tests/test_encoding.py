@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from whence.checkpoints import list_checkpoints, load_model
 from whence.config import ConditioningSettings
 from whence.data import ImageData
 from whence.diffusion.adapters import predict
-from whence.encoding import BLOCK, LabelEncoder, find_encoding
+from whence.encoding import BLOCK, find_encoding
 from whence.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
 from whence.event_table import make_batch
-from whence.methods import GradientPlan, Grid
+from whence.methods import GradientPlan, Grid, Trajectory, method_by_name
 from whence.opening import open_run
 from whence.pipeline_encoder import PipelineEncoder
 
@@ -229,8 +230,6 @@ def test_equal_captions_are_held_once_and_one_condition_stands_for_withheld_ones
 def test_flips_and_posterior_are_encoded_where_training_had_them(pipelines: Path, tmp_path: Path):
     images = make_images()
     encoding = find_encoding(list_checkpoints(pipelines / "sd")[0], images, None, ConditioningSettings())
-    from dataclasses import replace
-
     encoded = replace(encoding, mirrored=True, drawn=True).encode(images, tmp_path).encoding
     vae = diffusers.AutoencoderKL.from_pretrained(pipelines / "sd" / "vae")
     with torch.no_grad():
@@ -305,10 +304,11 @@ def test_labels_are_numbered_and_unknown_ones_refused(pipelines: Path, tmp_path:
     assert open_tiny(pipelines, "dit", tmp_path / "b", named).train_images.conditions([0, 1])[
         "class_labels"
     ].tolist() == [1, 0]
-    with pytest.raises(DataError, match="knows the labels 0, 1, 2; found ant, cat"):
+    with pytest.raises(DataError, match="knows the labels 0, 1, 2; found 'ant', 'cat'"):
         run.open_queries(named)
-    with pytest.raises(ConfigError, match="has 2 classes; the images have 3 labels"):
-        LabelEncoder(("a", "b", "c"), 2)
+    many = ImageData.from_arrays(make_images().pixels(range(4)), list("wxyz"), list("abcd"))
+    with pytest.raises(ConfigError, match="has 3 classes; the images have 4 labels"):
+        _ = open_tiny(pipelines, "dit", tmp_path / "c", many).train_images
     with pytest.raises(DataError, match="told the label of each image; 2 of 2 images"):
         run.open_queries(ImageData.from_arrays(make_images().pixels([0, 1]), ["x", "y"]))
 
@@ -336,3 +336,55 @@ def test_a_network_that_nothing_knows_how_to_call(tmp_path: Path):
     diffusers.DDPMScheduler().save_pretrained(tmp_path / "scheduler")
     with pytest.raises(UnsupportedModelError, match="calls models of class .*UNet2DModel.*; found UNet1DModel"):
         _ = open_tiny(tmp_path.parent, tmp_path.name, tmp_path / "out").train_images
+
+
+# --- sampling
+
+
+@pytest.mark.parametrize(("kind", "sampler"), [("sd", "ddim"), ("sd3", "euler"), ("flux", "euler"), ("dit", "ddim")])
+def test_prompts_are_sampled_and_traced_along_their_path(pipelines: Path, tmp_path: Path, kind: str, sampler: str):
+    run = open_tiny(pipelines, kind, tmp_path / "out")
+    prompts = ["1", "2"] if kind == "dit" else ["a cat", "red car"]
+    file = run.sample(1, prompts=prompts, steps=3, trajectory=True, show_progress=False)
+    assert file.name.startswith(f"{sampler}3-1-seed0")
+    queries = run.open_queries(file)
+    assert queries.captions == tuple(prompts) and queries.pixels([0]).shape == (1, 3, 16, 16)
+    assert queries.trajectories is not None and queries.trajectories.of_latents
+    assert queries.trajectories.frames.shape == (2, 3, 4, 8, 8)
+    journey = GradientPlan(output="loss", events=Trajectory(draws=2), unit="timestep")
+    method = replace(method_by_name("grad-cos"), name="along", query=journey)
+    found = run.trace(queries, [method], train_timesteps=2, phases=3, show_progress=False)["along"]
+    assert np.isfinite(found.values).all() and found.phases.shape == (2, 3, 4)
+
+
+def test_a_sampled_latent_is_what_the_pipeline_samples_from_the_same_noise(pipelines: Path, tmp_path: Path):
+    """Against diffusers' own loop, without guidance."""
+    from whence.diffusion.noise import noise_key, normals
+
+    run = open_tiny(pipelines, "sd", tmp_path / "out")
+    file = run.sample(1, prompts=["a cat"], steps=4, seed=3, show_progress=False)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(pipelines / "sd", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    noise = normals(noise_key(3, "trajectory", "query", "generated-0", 50), (4, 8, 8))
+    made = pipeline(
+        "a cat", latents=torch.from_numpy(noise)[None], num_inference_steps=4, guidance_scale=1.0, output_type="np"
+    ).images
+    ours = (run.open_queries(file).pixels([0]).transpose(0, 2, 3, 1) + 1) / 2
+    np.testing.assert_allclose(ours, made, atol=1e-4)
+
+
+def test_what_cannot_be_sampled_is_refused(pipelines: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="told captions; give at least one with --prompt"):
+        open_tiny(pipelines, "sd", tmp_path / "a").sample(1)
+    with pytest.raises(ConfigError, match="told nothing but the noisy image"):
+        open_tiny(pipelines, "pixels", tmp_path / "b").sample(1, prompts=["a cat"])
+
+
+def test_a_scheduler_of_another_kind_of_model_is_refused(pipelines: Path, tmp_path: Path):
+    folder = shutil.copytree(pipelines / "sd3", tmp_path / "wrong")
+    shutil.rmtree(folder / "scheduler")
+    diffusers.DDPMScheduler(num_train_timesteps=50).save_pretrained(folder / "scheduler")
+    run = open_tiny(tmp_path, "wrong", tmp_path / "out")
+    with pytest.raises(UnsupportedModelError, match="SD3Transformer2DModel is trained by flow matching; .* epsilon"):
+        run.subject.source(run.checkpoints[-1], _settings())

@@ -1,5 +1,6 @@
 """The replay check passes on what training wrote, and fails when one thing of it is altered."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -116,3 +117,10 @@ def test_toy_images_are_not_symmetric():
     """A flip of a symmetric image changes nothing, and the tests above would prove nothing."""
     pixels = toy_images(10).pixels(range(10))
     assert (np.abs(pixels - pixels[..., ::-1]).max((1, 2, 3)) > 0.1).all()
+
+
+def test_another_scheduler_than_that_of_the_training_is_refused(subject):
+    manifest = deepcopy(subject.record.manifest)
+    manifest["scheduler"]["config"]["beta_end"] = 0.03
+    with pytest.raises(CheckpointError, match="makes another noise or target than the one that training had"):
+        _ = replace(subject, record=replace(subject.record, manifest=manifest)).process

@@ -12,12 +12,13 @@ from whence.checkpoints import list_checkpoints, load_model, load_scheduler
 from whence.config import DataSettings, ModelSettings, TrainingSettings
 from whence.data import ImageData, open_images, save_arrays
 from whence.diffusion.noise import derived_key, noise_key, normals, scalar_draws
+from whence.encoding import own_encoding
 from whence.errors import CheckpointError, ConfigError, DataError
 from whence.event_table import make_batch
 from whence.methods import TRACIN
 from whence.opening import open_run, train_run
 from whence.sampling import sample_images
-from whence.words import ClassEncoder, WordEncoder, encode_captions, encode_labels, encoder_of, words_of
+from whence.words import ClassEncoder, WordEncoder, encoder_of, words_of
 
 CAPTIONS = [f"{colour} {thing}" for colour in ("red", "blue") for thing in ("cat", "dog", "sun", "key", "cup")]
 LABELS = ["odd" if k % 5 == 4 else "even" for k in range(10)]
@@ -55,7 +56,7 @@ def label_run(tmp_path_factory):
 
 def test_a_word_is_the_normals_of_its_key_and_a_caption_is_filled_up():
     encoder = WordEncoder(width=6, length=4, seed=3)
-    found = encoder.encode(["Red  CAT,", ""])["encoder_hidden_states"]
+    found = encoder.conditions(["Red  CAT,", ""])["encoder_hidden_states"]
     of = {word: normals(noise_key(3, "word", "train", word, 0), (6,)) for word in ("red", "cat", "")}
     assert found.shape == (2, 4, 6) and found.dtype == np.float32
     assert np.array_equal(found[0], np.stack([of["red"], of["cat"], of[""], of[""]]))
@@ -74,31 +75,45 @@ def test_encoders_differ_in_their_hash_where_they_differ():
 
 def test_a_caption_that_is_too_long_is_named():
     with pytest.raises(DataError, match="may have 3 words; 'one two three four' has 4.*--caption-words"):
-        WordEncoder(length=3).encode(["one two three four"])
+        WordEncoder(length=3).conditions(["one two three four"])
+
+
+def with_words(images: ImageData, encoder: WordEncoder) -> ImageData:
+    encoding = own_encoding(encoder)
+    assert encoding is not None
+    return encoding.encode(images, None)
+
+
+def with_classes_told(images: ImageData, classes: list[str]) -> ImageData:
+    encoding = own_encoding(ClassEncoder(tuple(classes), withheld=len(classes)))
+    assert encoding is not None
+    return encoding.encode(images, None)
 
 
 def test_conditions_stand_beside_images_once_for_each_caption():
     images = replace(toy_images(3), captions=("a b", "", "a b"))
-    encoding = encode_captions(images, WordEncoder(width=4, length=2)).encoding
+    encoding = with_words(images, WordEncoder(width=4, length=2)).encoding
     assert encoding is not None and encoding.conditions is not None
-    assert encoding.conditions.texts == ("a b", "") and encoding.conditions.of_row.tolist() == [0, 1, 0]
-    assert encoding.conditions.withheld == 1
-    numbered = encode_labels(toy_images(5), ["odd", "even"]).conditions([4, 0], np.array([False, True]))
+    assert encoding.conditions.texts == ("", "a b") and encoding.conditions.of_row.tolist() == [1, 0, 1]
+    assert encoding.conditions.withheld == 0
+    numbered = with_classes_told(toy_images(5), ["odd", "even"]).conditions([4, 0], np.array([False, True]))
     assert numbered["class_labels"].tolist() == [0, 2]  # the number after the last label: withheld
 
 
 def test_images_without_captions_or_with_unknown_labels_are_refused():
-    with pytest.raises(DataError, match="captions of images; those of memory have none.*--caption-column"):
-        encode_captions(toy_images(2), WordEncoder())
+    with pytest.raises(
+        DataError, match="told the caption of each image; 2 of 2 images of memory have none.*--caption-column"
+    ):
+        with_words(toy_images(2), WordEncoder())
     with pytest.raises(DataError, match="knows the labels odd; found 'even'"):
-        encode_labels(toy_images(2), ["odd"])
-    with pytest.raises(DataError, match="labels of images; those of memory have none"):
-        encode_labels(replace(toy_images(2), labels=None), ["odd"])
+        with_classes_told(toy_images(2), ["odd"])
+    with pytest.raises(DataError, match="told the label of each image; 2 of 2 images of memory have none"):
+        with_classes_told(replace(toy_images(2), labels=None), ["odd"])
 
 
 def test_the_fingerprint_tells_captions_apart():
-    images = encode_captions(captioned(), WordEncoder())
-    other = encode_captions(replace(captioned(), captions=(*CAPTIONS[:-1], "else")), WordEncoder())
+    images = with_words(captioned(), WordEncoder())
+    other = with_words(replace(captioned(), captions=(*CAPTIONS[:-1], "else")), WordEncoder())
     assert images.hashes == other.hashes and images.fingerprint != other.fingerprint != captioned().fingerprint
     assert images.seen_hashes[:-1] == other.seen_hashes[:-1]
 
@@ -112,7 +127,7 @@ def test_checkpoints_say_what_their_model_is_told(words_run, label_run):
         assert "words.json" in json.loads((checkpoint.folder / "checkpoint.json").read_text())["sha256"]
         assert type(load_model(checkpoint)).__name__ == "UNet2DConditionModel"
     for checkpoint in list_checkpoints(label_run.folder):
-        assert encoder_of(checkpoint.folder) == ClassEncoder(("even", "odd"))
+        assert encoder_of(checkpoint.folder) == ClassEncoder(("even", "odd"), withheld=2)
         assert load_model(checkpoint).config["num_class_embeds"] == 3
     assert label_run.record.manifest["config"]["model"]["classes"] == ["even", "odd"]
 
@@ -158,7 +173,7 @@ def test_other_captions_or_withheld_ones_fail_the_replay(words_run, column):
         record = replace(record, visits=replace(record.visits, condition_dropped=dropped))
     else:
         shuffled = replace(captioned(), captions=tuple(CAPTIONS[::-1]))
-        train = encode_captions(shuffled, WordEncoder(8, 4))
+        train = with_words(shuffled, WordEncoder(8, 4))
         manifest = record.manifest | {"data_fingerprint": train.fingerprint}
         record = replace(record, manifest=manifest)
     from whence.replay_check import check_run
@@ -208,7 +223,7 @@ def test_a_label_model_needs_labels_and_a_word_model_captions(tmp_path):
     data = save(tmp_path / "train.safetensors", images)
     with pytest.raises(ConfigError, match="condition label: the images of .* have no labels"):
         train_run(tmp_path / "run", data, model_settings=CLASSES, settings=TRAINING, show_progress=False)
-    with pytest.raises(DataError, match="told the captions of images"):
+    with pytest.raises(DataError, match="told the caption of each image"):
         train_run(tmp_path / "run", data, model_settings=WORDS, settings=TRAINING, show_progress=False)
     assert not (tmp_path / "run").exists()
 
@@ -302,7 +317,7 @@ def test_guidance_is_the_formula(words_run):
     encoder = encoder_of(checkpoint.folder)
     assert encoder is not None
     told, empty = (
-        {name: torch.from_numpy(v) for name, v in encoder.encode([text]).items()} for text in ("red cat", "")
+        {name: torch.from_numpy(v) for name, v in encoder.conditions([text]).items()} for text in ("red cat", "")
     )
 
     def sample(**options):

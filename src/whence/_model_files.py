@@ -1,6 +1,7 @@
 """Reading the files of a model, with errors that say what to do."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,8 @@ from whence.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -56,3 +59,57 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
         return {name: tuple(entry["shape"]) for name, entry in header.items()}, about
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Restore it or leave this checkpoint out.") from error
+
+
+def read_weights(folder: Path, allow_pickle: bool) -> "dict[str, Tensor]":
+    """Read the weights of a model.
+
+    Args:
+        folder: With safetensors or ``.bin`` files.
+        allow_pickle: Also read ``.bin`` files, with torch's ``weights_only=True``.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        CheckpointError: If there are none, they cannot be read, or are pickles and these are not allowed.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    pickles = sorted(folder.glob("*.bin"))
+    if not files and pickles and not allow_pickle:
+        raise CheckpointError(
+            f"{pickles[0]} is a pickle, which can run code when it is opened. Convert it with "
+            "model.save_pretrained(folder, safe_serialization=True), or pass --allow-pickle if you trust its source."
+        )
+    if not files and not pickles:
+        raise CheckpointError(f"{folder} has a config.json but no weights: expected {WEIGHTS_FILE}.")
+    state: dict[str, Tensor] = {}
+    for path in files or pickles:
+        state |= read_tensors(path) if files else _read_pickle(path)
+    return state
+
+
+def _read_pickle(path: Path) -> "dict[str, Tensor]":
+    import torch
+
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path} cannot be read: it is empty. Restore it or leave this checkpoint out.")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # unpickling raises whatever the file makes it raise
+        # Not torch's own text, which advises to run whatever code the file holds.
+        held = re.search(r"Unsupported \w+: (?:GLOBAL )?(\S+)", str(error))
+        raise CheckpointError(
+            f"{path} was refused by torch.load(weights_only=True): it "
+            f"{f'holds {held[1]}, which is no tensor' if held else 'is damaged, or no pickle of tensors'}. Save the "
+            "model's state_dict() alone, or leave this checkpoint out."
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} must hold a dict of tensors by parameter name; found {type(state).__name__}.")
+    if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
+        keys = ", ".join(map(str, list(state)[:8])) + (", …" if len(state) > 8 else "")
+        raise CheckpointError(
+            f"{path} must hold tensors by parameter name and nothing else; found a dict with the keys {keys}. Save the "
+            "model's state_dict() alone."
+        )
+    return state

@@ -122,3 +122,45 @@ def checked_weights(weights: Any, num_samples: int) -> Tensor:
     if not tensor.isfinite().all():
         raise RecordError(f"loss_weight must be finite; found {tensor[~tensor.isfinite()][0]}.")
     return tensor
+
+
+def checked_losses(losses: Tensor, weights: Tensor, shape: tuple[int, ...], with_prior: bool) -> Tensor:
+    """Give one weighted loss per sample, where these are given, or the losses of all elements without their weight."""
+    if losses.ndim > 1 and losses.shape == shape:
+        return losses.detach().float().cpu().flatten(1).mean(1) * weights
+    if losses.shape != shape[:1]:
+        halved = with_prior and losses.shape[:1] == (shape[0] // 2,)
+        raise RecordError(
+            f"The losses must be one per sample, of shape {tuple(shape[:1])}; found {tuple(losses.shape)}. Average "
+            "over the elements of each sample, not over the batch; or give all elements, of the shape of the noise."
+            + (" Take them before the script parts instances from class images." if halved else "")
+        )
+    return losses.detach().float().cpu()
+
+
+def one_learning_rate(optimizer: Any) -> float:
+    rates = sorted({float(group["lr"]) for group in optimizer.param_groups})
+    if len(rates) > 1:
+        raise RecordError(
+            "All parameters must have one learning rate; the optimizer's groups have "
+            f"{', '.join(map(str, rates))}. The weight of a visit would not be one number; train with one rate."
+        )
+    return rates[0]
+
+
+def clip_coefficient_of(grad_norm: Tensor | float | None, max_grad_norm: float | None) -> float:
+    """Repeat what ``torch.nn.utils.clip_grad_norm_`` multiplied gradients with; NaN for a norm that is not finite."""
+    if grad_norm is None and max_grad_norm is not None:
+        raise RecordError(
+            f"Gradients are clipped to the norm {max_grad_norm}, so step() needs the norm that "
+            "clip_grad_norm_ returned. If you do not clip, make the Recorder with a config without max_grad_norm."
+        )
+    if grad_norm is None:
+        return 1.0
+    if max_grad_norm is None:
+        raise RecordError(
+            "step() got a gradient norm but does not know to what it is clipped. Make the Recorder with "
+            "max_grad_norm=..., or leave the gradient norm out if you do not clip."
+        )
+    norm = float(grad_norm)
+    return min(1.0, max_grad_norm / (norm + 1e-6)) if math.isfinite(norm) else math.nan

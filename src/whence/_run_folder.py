@@ -36,7 +36,7 @@ from whence.sampling import sample_images
 from whence.scores import Scores, TopScores
 from whence.subject import Subject
 from whence.trajectories import Trajectories
-from whence.words import WITHHELD, ClassEncoder, WordEncoder, encode_images, encoder_of
+from whence.words import WITHHELD
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,7 @@ class RunFolder:
         """How images are encoded; None where the network sees pixels and is told nothing."""
         return find_encoding(self.checkpoints[-1], self.opened_images, self.record, self.conditioning)
 
-    @cached_property
-    def _own_encoder(self) -> WordEncoder | ClassEncoder | None:
-        """What a model of whence's own is told."""
-        return encoder_of(self.checkpoints[-1].folder)
-
     def _encoded(self, images: ImageData) -> ImageData:
-        if self._own_encoder is not None:
-            return encode_images(images, self._own_encoder)
         return images if self.encoding is None else self.encoding.encode(images, self.folder / "cache")
 
     def open_queries(self, queries: Images) -> ImageData:
@@ -189,7 +182,7 @@ class RunFolder:
             count: How many; of each prompt, where there are some.
             prompts: Captions or labels, of a model that is told these; the empty one stands for none.
             guidance_scale: Scale of classifier-free guidance; 1 is the model's own prediction.
-            steps: Denoising steps of DDIM.
+            steps: Denoising steps: of DDIM, or Euler's of flow matching.
             seed: Seed of the noise; the k-th image depends on it and k alone.
             trajectory: Also keep what the sampler took each image to be at each step, as journey-trak needs it.
             show_progress: Show a progress bar.
@@ -205,15 +198,17 @@ class RunFolder:
             raise ConfigError(f"count and steps must be above 0; found {count} and {steps}.")
         last = self.subject.checkpoints[-1]
         self._check_prompts(prompts)
-        name = f"ddim{steps}-{count}-seed{seed}-step{last.step}-{last.content_hash()[:8]}"
-        if self._own_encoder is not None:
+        sampler = "euler" if self.subject.process.prediction_type == "flow" else "ddim"
+        name = f"{sampler}{steps}-{count}-seed{seed}-step{last.step}-{last.content_hash()[:8]}"
+        if self._reads is not None:
             name += f"-{sha256_of_json([prompts, guidance_scale])[:8]}"
         path = self.folder / "generated" / f"{name}{'-trajectory' if trajectory else ''}.safetensors"
         if not path.exists():
             texts = [prompt for prompt in prompts or [""] for _ in range(count)]
             ids = [f"generated-{k}" for k in range(len(texts))]
             frames: dict[int, ndarray] = {}
-            images = sample_images(
+            latent = self.encoding is not None and self.encoding.encoder.has_vae
+            drawn = sample_images(
                 load_model(last, allow_pickle=self.allow_pickle),
                 load_scheduler(last),
                 ids,
@@ -221,37 +216,45 @@ class RunFolder:
                 seed=seed,
                 show_progress=show_progress,
                 conditions=self._told(texts),
-                withheld=self._told([WITHHELD] * len(texts)),
+                withheld=self._told([WITHHELD] * len(texts)) if guidance_scale != 1 else None,
                 guidance_scale=guidance_scale,
+                latent_shape=self.train_images.input_shape if latent else None,
                 keep=frames.__setitem__ if trajectory else None,
             )
             about = {"checkpoint_step": last.step, "checkpoint_sha256": last.content_hash()}
-            about |= {"sampler": "ddim", "eta": 0.0, "steps": steps, "seed": seed}
+            about |= {"sampler": sampler, "eta": 0.0, "steps": steps, "seed": seed}
             each = [about] * len(texts)
-            if self._own_encoder is not None:
+            if self._reads is not None:
                 each = [about | {"guidance_scale": guidance_scale, "prompt": text} for text in texts]
             timesteps = tuple(sorted(frames))
             kept = [frames[t] for t in timesteps]
-            path_taken = Trajectories(np.stack(kept, axis=1), timesteps, tuple(each)) if trajectory else None
-            labels = texts if isinstance(self._own_encoder, ClassEncoder) else ["generated"] * len(texts)
-            captions = texts if self._own_encoder is not None else None
+            path_taken = Trajectories(np.stack(kept, axis=1), timesteps, tuple(each), latent) if trajectory else None
+            images = self.encoding.encoder.images_of(drawn) if latent and self.encoding is not None else drawn
+            labels = texts if self._reads == "labels" else ["generated"] * len(texts)
+            captions = texts if self._reads is not None else None
             save_arrays(path, images, ids, labels, path_taken, captions)
         return path
 
+    @property
+    def _reads(self) -> str | None:
+        """What the network is told of images: captions, labels, or nothing."""
+        return None if self.encoding is None else self.encoding.reads
+
     def _check_prompts(self, prompts: Sequence[str]) -> None:
-        if prompts and self._own_encoder is None:
+        if prompts and self._reads is None:
             raise ConfigError(
                 "The model is told nothing but the noisy image, so it cannot be given a prompt. Train one with "
                 "--condition words or label."
             )
-        if not prompts and self._own_encoder is not None:
-            kind = "labels" if isinstance(self._own_encoder, ClassEncoder) else "captions"
-            raise ConfigError(f"The model is told {kind}; give at least one with --prompt ('' for none).")
+        if not prompts and self._reads is not None:
+            raise ConfigError(f"The model is told {self._reads}; give at least one with --prompt ('' for none).")
 
     def _told(self, texts: Sequence[str]) -> dict[str, Tensor] | None:
-        if self._own_encoder is None:
+        if self.encoding is None or self._reads is None:
             return None
-        return {name: torch.from_numpy(values) for name, values in self._own_encoder.encode(texts).items()}
+        size = (self.train_images.height, self.train_images.width)
+        made = self.encoding.encoder.conditions(texts, size)
+        return {name: torch.from_numpy(values) for name, values in made.items()}
 
     def check(self, *, device: str = "cpu") -> list[CheckRow]:
         """Compare the record with itself and with the checkpoints; see :mod:`whence.replay_check`.

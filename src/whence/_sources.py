@@ -78,7 +78,7 @@ def find_images(source: str | Path, settings: DataSettings) -> Found:
     if path.suffix.lower() == ".parquet":
         return _open_parquet([path], settings, name)
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        return _open_image_folder({path.name: path}, [], settings, name)
+        return _open_image_folder({path.name: path}, _metadata_of(path), settings, name, alone=True)
     raise DataError(f"{path} is a file of another kind. {_ACCEPTED}")
 
 
@@ -107,12 +107,23 @@ def _open_folder(folder: Path, settings: DataSettings, source: str) -> Found:
     return _open_image_folder(images, [path for path in paths.values() if path.name == _METADATA], settings, source)
 
 
-def _open_image_folder(images: dict[str, Path], metadata: list[Path], settings: DataSettings, source: str) -> Found:
+def _metadata_of(image: Path) -> list[Path]:
+    """Find the file beside an image that says something of it."""
+    beside = image.parent / _METADATA
+    listed = beside.is_file() and any(
+        line.get("file_name") == image.name for line in _lines_of(beside) if isinstance(line.get("file_name"), str)
+    )
+    return [beside] if listed else []
+
+
+def _open_image_folder(
+    images: dict[str, Path], metadata: list[Path], settings: DataSettings, source: str, *, alone: bool = False
+) -> Found:
     ids: Sequence[Any] = list(images)
     labels = [path.parent.name if "/" in id_ else "" for id_, path in images.items()]
     captions = None
     if metadata:
-        lines = _read_metadata(metadata, images, source)
+        lines = _read_metadata(metadata, images, source, alone=alone)
         columns = dict.fromkeys((key for line in lines for key in line), _NAMES)
         if settings.id_column and (name := _choose_column("id", settings, columns, source)):
             ids = [line.get(name) for line in lines]
@@ -136,23 +147,30 @@ def _walk(folder: Path) -> Iterator[Path]:
         seen.add(real)
 
 
-def _read_metadata(metadata: list[Path], images: dict[str, Path], source: str) -> list[dict[str, Any]]:
+def _lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a metadata.jsonl file."""
+    # Not splitlines(), which also splits at separators that may stand inside a caption.
+    for number, text in enumerate(_read_utf8(path).split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            Path(line["file_name"])
+        except (ValueError, KeyError, TypeError):
+            raise DataError(
+                f"Line {number} of {path} must be a JSON object with a file_name; found {text[:80]!r}."
+            ) from None
+        yield line
+
+
+def _read_metadata(metadata: list[Path], images: dict[str, Path], source: str, *, alone: bool) -> list[dict[str, Any]]:
     """Read what metadata.jsonl files say of each image; the nearest one counts."""
     lines: dict[str, dict[str, Any]] = {}
     for path in sorted(metadata, key=lambda path: len(path.parts)):
-        # Not splitlines(), which also splits at separators that may stand inside a caption.
-        for number, text in enumerate(_read_utf8(path).split("\n"), start=1):
-            if not text.strip():
-                continue
-            try:
-                line = json.loads(text)
-                lines[os.path.normpath(path.parent / line["file_name"])] = line
-            except (ValueError, KeyError, TypeError):
-                raise DataError(
-                    f"Line {number} of {path} must be a JSON object with a file_name; found {text[:80]!r}."
-                ) from None
+        for line in _lines_of(path):
+            lines[os.path.normpath(path.parent / line["file_name"])] = line
     files = {os.path.normpath(path): id_ for id_, path in images.items()}
-    absent = [path for path in lines if path not in files]
+    absent = [] if alone else [path for path in lines if path not in files]
     unlisted = [files[path] for path in files if path not in lines]
     if absent or unlisted:
         raise DataError(

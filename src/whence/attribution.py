@@ -474,7 +474,7 @@ def _without_record(subject: Subject) -> str:
     """Say what has to be taken on trust, where a record would tell and the replay check would prove it."""
     said = {f.name: getattr(subject.objective, f.name) for f in fields(subject.objective)}
     changed = [f"{name} {value}" for name, value in said.items() if value != getattr(ObjectiveSettings(), name)]
-    told = " and captions or labels" if subject.train.conditions([0]) else ""
+    told = ", told what stands beside them" if subject.train.conditions([0]) else ""
     return (
         f"Without a record it is taken on trust that the model was trained on these images{told}, that its loss was "
         f"{subject.loss} of {subject.process.prediction_type} with {', '.join(changed) or 'all timesteps alike'}, and "

@@ -2,12 +2,13 @@
 
     checkpoints/checkpoint-<step>/unet/        raw weights as ``save_pretrained`` writes them: config.json, safetensors
     checkpoints/checkpoint-<step>/unet_ema/    moving average of the weights, where one is kept
+    checkpoints/checkpoint-<step>/pytorch_lora_weights.safetensors   instead of both, where a LoRA is trained
     checkpoints/checkpoint-<step>/scheduler/   scheduler_config.json
     checkpoints/checkpoint-<step>/resume/      optimizer.safetensors (by parameter name), rng.safetensors, state.json
     checkpoints/checkpoint-<step>/checkpoint.json   step and a checksum of every file
 
-Folders that ``accelerate`` and the ``diffusers`` example scripts write (``checkpoint-<step>/unet`` or ``transformer``, a
-pipeline with ``model_index.json``, a single model folder) open as they are, and so do those of a LoRA
+Folders that ``accelerate`` and the ``diffusers`` example scripts write (``checkpoint-<step>/unet`` or ``transformer``,
+a pipeline with ``model_index.json``, a single model folder) open as they are, and so do those of a LoRA
 (:mod:`whence.lora`), whose base lies elsewhere. torch and diffusers are imported only when a model is loaded.
 """
 
@@ -22,17 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from whence._files import publish_folder, sha256_of_file, sha256_of_json, write_json
-from whence._model_files import read_json, read_tensors
+from whence._model_files import WEIGHTS_FILE, read_json, read_weights
 from whence.config import WeightsName
 from whence.errors import CheckpointError, NumericsError, check_choice
-from whence.lora import NETWORKS, LoraFiles, add_lora, find_base, find_lora
+from whence.lora import NETWORKS, LoraFiles, add_lora, find_base, find_lora, save_lora
 from whence.record import read_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = 1
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def _load_whole(folder: Path, allow_pickle: bool, device: str, dtype: str) -> An
     import torch
 
     config = _read_config(folder)
-    state = _read_weights(folder, allow_pickle)
+    state = read_weights(folder, allow_pickle)
     model = _make_from_config(folder / "config.json", config, "model")
     _check_fits(folder, {k: v.shape for k, v in model.state_dict().items()}, {k: v.shape for k, v in state.items()})
     for name, tensor in state.items():
@@ -292,48 +292,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
 _EMA_KEYS = frozenset(
     {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
 )
-
-
-def _read_weights(folder: Path, allow_pickle: bool) -> "dict[str, Tensor]":
-    files = sorted(folder.glob("*.safetensors"))
-    pickles = sorted(folder.glob("*.bin"))
-    if not files and pickles and not allow_pickle:
-        raise CheckpointError(
-            f"{pickles[0]} is a pickle, which can run code when it is opened. Convert it with "
-            "model.save_pretrained(folder, safe_serialization=True), or pass --allow-pickle if you trust its source."
-        )
-    if not files and not pickles:
-        raise CheckpointError(f"{folder} has a config.json but no weights: expected {WEIGHTS_FILE}.")
-    state: dict[str, Tensor] = {}
-    for path in files or pickles:
-        state |= read_tensors(path) if files else _read_pickle(path)
-    return state
-
-
-def _read_pickle(path: Path) -> "dict[str, Tensor]":
-    import torch
-
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path} cannot be read: it is empty. Restore it or leave this checkpoint out.")
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # unpickling raises whatever the file makes it raise
-        # Not torch's own text, which advises to run whatever code the file holds.
-        held = re.search(r"Unsupported \w+: (?:GLOBAL )?(\S+)", str(error))
-        raise CheckpointError(
-            f"{path} was refused by torch.load(weights_only=True): it "
-            f"{f'holds {held[1]}, which is no tensor' if held else 'is damaged, or no pickle of tensors'}. Save the "
-            "model's state_dict() alone, or leave this checkpoint out."
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} must hold a dict of tensors by parameter name; found {type(state).__name__}.")
-    if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
-        keys = ", ".join(map(str, list(state)[:8])) + (", …" if len(state) > 8 else "")
-        raise CheckpointError(
-            f"{path} must hold tensors by parameter name and nothing else; found a dict with the keys {keys}. Save the "
-            "model's state_dict() alone."
-        )
-    return state
 
 
 def _check_fits(folder: Path, want: dict[str, Any], found: dict[str, Any]) -> None:
@@ -377,7 +335,11 @@ def _architecture(checkpoint: Checkpoint, weights: WeightsName) -> dict[str, Any
 
 
 def load_scheduler(checkpoint: Checkpoint) -> Any:
-    """Load the noise scheduler that belongs to a checkpoint: in its folder, one of the two above it, or beside the base.
+    """Load the noise scheduler that belongs to a checkpoint.
+
+    It is the one in the checkpoint's folder; else that of the record of its training, in one of the two folders above;
+    else the one of a pipeline there, or beside the base. The record comes before the pipeline, because scripts of
+    ``diffusers`` save a pipeline with the scheduler it samples with, which need not be the one it was trained with.
 
     Returns:
         A scheduler of its own ``diffusers`` class.
@@ -385,17 +347,42 @@ def load_scheduler(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: If there is none, or diffusers does not know its class.
     """
-    places = [checkpoint.folder, checkpoint.folder.parent, checkpoint.folder.parent.parent]
-    if checkpoint.base_folder is not None:
-        places += [checkpoint.base_folder, checkpoint.base_folder.parent]
-    found = next((p / "scheduler" for p in places if (p / "scheduler" / "scheduler_config.json").exists()), None)
-    if found is None:
+    above = [checkpoint.folder.parent, checkpoint.folder.parent.parent]
+    base = [] if checkpoint.base_folder is None else [checkpoint.base_folder, checkpoint.base_folder.parent]
+    places = [checkpoint.folder / "scheduler" / "scheduler_config.json"]
+    places += [parent / "record" / "manifest.json" for parent in above]
+    places += [folder / "scheduler" / "scheduler_config.json" for folder in above + base]
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
         raise CheckpointError(
             f"No scheduler/scheduler_config.json in {checkpoint.folder} or the two folders above it. Save the noise "
             "scheduler of the training there: scheduler.save_pretrained(folder / 'scheduler')."
         )
-    path = found / "scheduler_config.json"
-    return _make_from_config(path, read_json(path), "scheduler")
+    config = read_json(path)
+    return (
+        scheduler_of_record(path, config)
+        if path.name == "manifest.json"
+        else _make_from_config(path, config, "scheduler")
+    )
+
+
+def scheduler_of_record(path: Path, manifest: Mapping[str, Any]) -> Any:
+    """Make the noise scheduler that a record says training had.
+
+    Args:
+        path: The manifest, for messages.
+        manifest: What is in it.
+
+    Returns:
+        A scheduler of its own ``diffusers`` class.
+
+    Raises:
+        CheckpointError: If the manifest does not say, or diffusers does not know its class.
+    """
+    recorded = manifest.get("scheduler")
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("config"), dict):
+        raise CheckpointError(f"{path} does not say which scheduler training had. Restore it or train again.")
+    return _make_from_config(path, recorded["config"] | {"_class_name": recorded.get("class")}, "scheduler")
 
 
 def save_checkpoint(
@@ -414,7 +401,7 @@ def save_checkpoint(
     Args:
         folder: Where checkpoints are kept.
         step: Optimizer steps taken.
-        model: A ``diffusers`` model with its raw weights.
+        model: A ``diffusers`` model with its raw weights; of one with adapters of peft these alone are written.
         scheduler: The noise scheduler.
         ema: A ``diffusers.training_utils.EMAModel``, where one is kept.
         resume_tensors: Safetensors files to put into ``resume/``, by their stem.
@@ -423,12 +410,21 @@ def save_checkpoint(
 
     Returns:
         The checkpoint on disk.
+
+    Raises:
+        CheckpointError: If a moving average of adapters is asked for.
     """
     from safetensors.torch import save_file
 
     target = folder / f"checkpoint-{step}"
+    adapted = bool(getattr(model, "peft_config", None))
+    if adapted and ema is not None:
+        raise CheckpointError("No moving average is kept of a LoRA. Save its checkpoints without ema.")
     with publish_folder(target) as partial:
-        model.save_pretrained(partial / "unet", safe_serialization=True)
+        if adapted:
+            save_lora(model, partial)
+        else:
+            model.save_pretrained(partial / "unet", safe_serialization=True)
         if ema is not None:
             import torch
 
@@ -446,7 +442,7 @@ def save_checkpoint(
         checksums = {f.relative_to(partial).as_posix(): sha256_of_file(f) for f in written}
         write_json(partial / "checkpoint.json", {"format_version": FORMAT_VERSION, "step": step, "sha256": checksums})
     checkpoint = _as_checkpoint(target, step)
-    assert checkpoint is not None  # save_pretrained has just written its config.json
+    assert checkpoint is not None  # its weights have just been written
     return checkpoint
 
 

@@ -508,6 +508,8 @@ def save_arrays(
     if trajectories is not None:
         _check_frames(trajectories, data)
         about["trajectories"] = {"timesteps": trajectories.timesteps, "about": trajectories.about}
+        if trajectories.of_latents:
+            about["trajectories"]["of_latents"] = True
         arrays["frames"] = np.ascontiguousarray(trajectories.frames)
     with publish_file(path) as partial:
         save_file(arrays, partial, metadata={"whence": json.dumps(about)})
@@ -541,7 +543,7 @@ def _open_arrays(path: Path, settings: DataSettings, source: str) -> ImageData:
     if frames is None or steps is None:
         return data
     try:
-        found = Trajectories(frames, tuple(steps["timesteps"]), tuple(steps["about"]))
+        found = Trajectories(frames, tuple(steps["timesteps"]), tuple(steps["about"]), bool(steps.get("of_latents")))
         _check_frames(found, data)
     except (DataError, KeyError, TypeError) as error:
         raise DataError(f"{source} has trajectories that cannot be used: {error}") from error
@@ -550,6 +552,8 @@ def _open_arrays(path: Path, settings: DataSettings, source: str) -> ImageData:
 
 def _check_frames(trajectories: Trajectories, data: ImageData) -> None:
     rows, _, *size = trajectories.frames.shape
+    if trajectories.of_latents:
+        return  # their size is that of the network's latents, which is known where they are used
     want = [len(data), data.channels, data.height, data.width]
     if [rows, *size] != want:
         raise DataError(f"Frames must be of {want} (images, channels, height, width), found {[rows, *size]}.")

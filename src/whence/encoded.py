@@ -155,6 +155,11 @@ class AbstractEncoder(ABC):
         """Whether the network sees latents."""
         return False
 
+    @property
+    def knows_none(self) -> bool:
+        """Whether the empty text, which stands for a condition that is withheld, is a condition too."""
+        return True
+
     def latents(self, pixels: Float32[ndarray, "row channel height width"], *, with_deviation: bool) -> Latents:
         """Encode images.
 
@@ -166,6 +171,10 @@ class AbstractEncoder(ABC):
             What the network is trained on.
         """
         raise NotImplementedError  # asked only where there is a VAE
+
+    def images_of(self, latents: Float32[ndarray, "row latent h w"]) -> Float32[ndarray, "row channel height width"]:
+        """Decode latents; asked only where there is a VAE."""
+        raise NotImplementedError
 
     @abstractmethod
     def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Arrays:

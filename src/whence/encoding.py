@@ -7,13 +7,11 @@ The hash is that of the encoder, the images, their captions and of what is asked
 so that an encoding that was interrupted goes on.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
 from numpy import ndarray
 
 from whence._array_files import read_arrays, write_arrays
@@ -27,6 +25,7 @@ from whence.errors import CheckpointError, ConfigError, DataError
 from whence.pipeline_encoder import PipelineEncoder
 from whence.progress import progress_bar
 from whence.record import Record
+from whence.words import WITHHELD, ClassEncoder, encoder_of
 
 BLOCK = 256
 """Images in a file of the cache."""
@@ -48,12 +47,12 @@ class Encoding:
     drawn: bool = False
     """Whether training drew latents from the VAE's posterior."""
 
-    def encode(self, images: ImageData, cache: Path, *, show_progress: bool = True) -> ImageData:
+    def encode(self, images: ImageData, cache: Path | None, *, show_progress: bool = True) -> ImageData:
         """Put latents and conditions beside images.
 
         Args:
             images: Images, with the captions or labels that the network is told.
-            cache: Folder for what is encoded.
+            cache: Folder for what is encoded; None: it is not kept, and there must be no VAE.
             show_progress: Show a progress bar.
 
         Returns:
@@ -65,9 +64,10 @@ class Encoding:
         """
         texts = self._texts(images)
         key = sha256_of_json([self.encoder.hash, images.fingerprint, texts, self.mirrored, self.drawn])
-        folder = cache / "encoded" / key[:16]
+        folder = None if cache is None else cache / "encoded" / key[:16]
         latents = mirrored = None
         if self.encoder.has_vae:
+            assert folder is not None  # a VAE takes too long for its work to be lost
             arrays = self._latents(images, folder, show_progress)
             latents = Latents(arrays["mean"], arrays.get("deviation"))
             if self.mirrored:
@@ -82,20 +82,25 @@ class Encoding:
         found = images.captions if self.reads == "captions" else images.labels
         texts = [text or self.caption or "" for text in found or [""] * len(images)]
         empty = [images.ids[row] for row, text in enumerate(texts) if not text]
-        if empty and (self.reads == "labels" or len(empty) == len(images)):
+        if empty and (not self.encoder.knows_none or len(empty) == len(images)):
             what, option = ("label", "--label-column") if self.reads == "labels" else ("caption", "--caption-column")
             raise DataError(
                 f"The network is told the {what} of each image; {len(empty)} of {len(images)} images of "
                 f"{images.source} have none: {abbreviate(empty)}. Name the column with {option}, or a metadata.jsonl "
-                "beside the images" + ("; or give one caption for all with --caption." if what == "caption" else ".")
+                "beside the images"
+                + (
+                    "; or give one caption for all with --caption, to queries with --prompts."
+                    if what == "caption"
+                    else "."
+                )
             )
         return texts
 
-    def _conditions(self, texts: list[str], images: ImageData, folder: Path) -> Conditions:
-        withheld = [""] if self.reads == "captions" else []
-        distinct = sorted({*texts, *withheld})
-        path = folder / "conditions.safetensors"
-        if path.exists():
+    def _conditions(self, texts: list[str], images: ImageData, folder: Path | None) -> Conditions:
+        withheld = [WITHHELD] if self.encoder.knows_none else []
+        distinct = sorted(set(texts + withheld))
+        path = None if folder is None else folder / "conditions.safetensors"
+        if path is not None and path.exists():
             arrays: Arrays = read_arrays(path)
         else:
             size = (images.height, images.width)
@@ -104,11 +109,12 @@ class Encoding:
                 for start in range(0, len(distinct), BLOCK)
             ]
             arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            folder.mkdir(parents=True, exist_ok=True)
-            write_arrays(path, dict(arrays))
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_arrays(path, dict(arrays))
         which = {text: k for k, text in enumerate(distinct)}
         return Conditions(
-            tuple(distinct), arrays, np.array([which[text] for text in texts], dtype=np.int64), which.get("")
+            tuple(distinct), arrays, np.array([which[text] for text in texts], dtype=np.int64), which.get(WITHHELD)
         )
 
     def _latents(self, images: ImageData, folder: Path, show_progress: bool) -> dict[str, ndarray]:
@@ -135,64 +141,6 @@ class Encoding:
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
-@dataclass(frozen=True)
-class LabelEncoder(AbstractEncoder):
-    """Numbers the classes of a class-conditional network.
-
-    Raises:
-        ConfigError: If there are more classes than the network has.
-    """
-
-    names: tuple[str, ...]
-    """Labels in the order of the network's classes."""
-    num_classes: int
-    vae: PipelineEncoder | None = None
-    """The pipeline whose VAE is used, of a network of latents."""
-
-    def __post_init__(self):
-        if len(self.names) > self.num_classes:
-            raise ConfigError(
-                f"The network has {self.num_classes} classes; the images have {len(self.names)} labels: "
-                f"{abbreviate(self.names)}. Give the labels of the training, in its order, with --class-names."
-            )
-
-    @property
-    def hash(self) -> str:
-        """Hash of the order of the labels, and of the VAE."""
-        return sha256_of_json([self.names, self.vae and self.vae.hash])
-
-    @property
-    def has_vae(self) -> bool:
-        """Whether the network sees latents."""
-        return self.vae is not None and self.vae.has_vae
-
-    def latents(self, pixels: Float32[ndarray, "row channel height width"], *, with_deviation: bool) -> Latents:
-        """Encode images with the pipeline's VAE."""
-        assert self.vae is not None  # asked only where there is one
-        return self.vae.latents(pixels, with_deviation=with_deviation)
-
-    def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Arrays:
-        """Give the number of each label.
-
-        Args:
-            texts: Labels.
-            size: Of no account.
-
-        Returns:
-            ``class_labels``.
-
-        Raises:
-            DataError: If a label is none of the training's.
-        """
-        unknown = [text for text in texts if text not in self.names]
-        if unknown:
-            raise DataError(
-                f"The network knows the labels {', '.join(self.names)}; found {abbreviate(unknown)}. Label the images "
-                "as those of the training, or give the order of its classes with --class-names."
-            )
-        return {"class_labels": np.array([self.names.index(text) for text in texts], dtype=np.int64)}
-
-
 def find_encoding(
     checkpoint: Checkpoint,
     images: ImageData,
@@ -217,6 +165,9 @@ def find_encoding(
         CheckpointError: If the network needs a pipeline that is not found.
         ConfigError: If something is needed that nothing says; all of it in one message.
     """
+    own = own_encoding(encoder_of(checkpoint.folder))
+    if own is not None:
+        return own
     network = describe_network(checkpoint)
     check_model(network)
     needs = needed_conditions(network)
@@ -226,8 +177,7 @@ def find_encoding(
         return None
     encoder: AbstractEncoder
     if "class_labels" in needs:
-        vae = _encoder_of(pipeline, network, settings)
-        encoder = LabelEncoder(settings.class_names or _class_names(images), _num_classes(network), vae)
+        encoder = _class_encoder(network, images, settings, pipeline)
         reads = "labels"
     else:
         encoder = _need_pipeline(pipeline, network, needs, settings, checkpoint, device)
@@ -263,8 +213,34 @@ def _need_pipeline(
     return PipelineEncoder(pipeline, type(network).__name__, settings, device)
 
 
-def _encoder_of(pipeline: Path | None, network: Any, settings: ConditioningSettings) -> PipelineEncoder | None:
-    return None if pipeline is None else PipelineEncoder(pipeline, type(network).__name__, settings)
+def own_encoding(encoder: AbstractEncoder | None) -> Encoding | None:
+    """Say how images are encoded for a network that ``whence train`` made; None for one that is told nothing."""
+    if encoder is None:
+        return None
+    return Encoding(encoder, "labels" if isinstance(encoder, ClassEncoder) else "captions")
+
+
+def _class_encoder(
+    network: Any, images: ImageData, settings: ConditioningSettings, pipeline: Path | None
+) -> ClassEncoder:
+    """Number the labels of the training images.
+
+    Returns:
+        What knows their numbers.
+
+    Raises:
+        ConfigError: If there are more of them than the network has classes.
+    """
+    classes, count = settings.class_names or _class_names(images), _num_classes(network)
+    if len(classes) > count:
+        raise ConfigError(
+            f"The network has {count} classes; the images have {len(classes)} labels: {abbreviate(classes)}. Give the "
+            "labels of the training, in its order, with --class-names."
+        )
+    vae = None if pipeline is None else PipelineEncoder(pipeline, type(network).__name__, settings)
+    # DiT learns an embedding more, for labels that training withholds.
+    withheld = count if type(network).__name__ == "DiTTransformer2DModel" else None
+    return ClassEncoder(classes, withheld, vae)
 
 
 def _pipeline_of(checkpoint: Checkpoint, settings: ConditioningSettings) -> Path | None:

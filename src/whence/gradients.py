@@ -196,7 +196,7 @@ class GradientSource:
         num_rows = sum(num_vectors(family, phases, halves) for family in families)
         shape = (len(rows), num_rows, self.layout.num_params)
         sums = torch.empty(shape, dtype=self.dtype, device=self.device) if out is None else out
-        sums.zero_()
+        begun: set[int] = set()
         points = range(grid.timesteps) if points is None else points
         norms = np.empty((len(rows), len(points)))
         parts = 2 if halves else 1
@@ -208,7 +208,12 @@ class GradientSource:
                 first, after = np.searchsorted(samples, [sample, sample + 1])
                 phase_of_point = torch.from_numpy(steps[first:after] * phases // len(points))
                 factors = sum_coefficients(lengths[first:after], phase_of_point, families, phases, halves) / len(points)
-                sums[sample].addmm_(factors.flatten(1).to(sums), gradients[first * parts : after * parts])
+                # What was there is written over by the first, not read.
+                beta = int(sample in begun)
+                sums[sample].addmm_(factors.flatten(1).to(sums), gradients[first * parts : after * parts], beta=beta)
+                begun.add(sample)
+        for sample in set(range(len(rows))) - begun:
+            sums[sample] = 0
         return [GridVectors(vectors, norm) for vectors, norm in zip(sums, norms, strict=True)]
 
     def rows(

@@ -1,12 +1,12 @@
 """LoRA adapters on disk, and how they are put on the model that they adapt.
 
-    pytorch_lora_weights.safetensors                  of diffusers: names start with unet. or transformer.; rank and
-                                                      alpha stand in its header, in keys that end with .alpha, or nowhere
+    pytorch_lora_weights.safetensors                  of diffusers: names start with unet. or transformer.
     adapter_model.safetensors, adapter_config.json    of peft
 
-Both lie in the folder of a checkpoint, or in ``unet`` or ``transformer`` below it. Whatever the file calls them, the
-adapters of a model are named as peft names them: ``...to_q.lora_A.default.weight``. The base is frozen. torch and peft
-are imported only when adapters are put on a model.
+Of the former, alpha stands in its header, in keys that end with .alpha, or nowhere. Both lie in the folder of a
+checkpoint, or in ``unet`` or ``transformer`` below it. Whatever the file calls them, the adapters of a model are named
+as peft names them: ``...to_q.lora_A.default.weight``. The base is frozen. torch and peft are imported only when
+adapters are put on a model.
 """
 
 import json
@@ -16,14 +16,11 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from whence._files import sha256_of_file, sha256_of_json
 from whence._model_files import read_header, read_json, read_tensors
-from whence.errors import CheckpointError, NumericsError
-
-if TYPE_CHECKING:
-    pass
+from whence.errors import CheckpointError, ConfigError, NumericsError
 
 NETWORKS = ("unet", "transformer")
 """Folders of a pipeline, or of a checkpoint, in which the network lies that denoises."""
@@ -182,10 +179,14 @@ def add_lora(model: Any, lora: LoraFiles, alpha: float | None = None) -> None:
     Raises:
         CheckpointError: If the adapter does not fit the model or is of a kind that is not known.
         NumericsError: If one of its weights is not finite.
+        ConfigError: If peft is not installed.
     """
     import torch
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
+    try:
+        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    except ImportError as error:
+        raise ConfigError(f"A LoRA needs peft ({error}). Install it: pip install 'whence[pipelines]'") from error
     held = {_plain_name(key): tensor for key, tensor in read_tensors(lora.weights).items()}
     alphas = {key.removesuffix(".alpha"): float(held.pop(key)) for key in list(held) if key.endswith(".alpha")}
     bad = [key for key, tensor in held.items() if not torch.isfinite(tensor).all()]
@@ -194,7 +195,7 @@ def add_lora(model: Any, lora: LoraFiles, alpha: float | None = None) -> None:
     ranks = _check_fits(lora, model, {key: tuple(tensor.shape) for key, tensor in held.items()})
     scales = _alphas(lora, ranks, alphas, alpha)
     settings = _check_settings(lora, ranks, LoraConfig())
-    rank, of_most = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, scales))
+    rank, of_most = Counter(ranks.values()).most_common(1)[0][0], Counter(scales.values()).most_common(1)[0][0]
     config = LoraConfig(
         r=rank,
         lora_alpha=of_most,  # pyright: ignore[reportArgumentType] -- peft divides it by the rank, whatever its type
@@ -221,6 +222,36 @@ def add_lora(model: Any, lora: LoraFiles, alpha: float | None = None) -> None:
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in f".{name}")
+
+
+def save_lora(model: Any, folder: Path) -> None:
+    """Write the adapter of a model as ``diffusers`` does, so that a pipeline opens it with ``load_lora_weights``.
+
+    Args:
+        model: A ``diffusers`` model with an adapter of peft in it, or a ``PeftModel``.
+        folder: Where the file goes.
+
+    Raises:
+        CheckpointError: If the model has several adapters.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    if len(model.peft_config) != 1:
+        raise CheckpointError(
+            f"A checkpoint holds one adapter; this model has {', '.join(model.peft_config)}. Delete the others, with "
+            "model.delete_adapters."
+        )
+    ((name, config),) = model.peft_config.items()
+    kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    start = "unet" if kind.startswith("UNet") else "transformer"
+    held = get_peft_model_state_dict(model, adapter_name=name).items()
+    state = {f"{start}.{key.removeprefix('base_model.model.')}": tensor.contiguous() for key, tensor in held}
+    settings = {
+        f"{start}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
+    }
+    about = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
+    save_file(state, folder / WEIGHTS_FILES[0], about)
 
 
 def _start_of(key: str) -> str:
@@ -251,6 +282,9 @@ def _check_fits(lora: LoraFiles, model: Any, shapes: dict[str, tuple[int, ...]])
 
     Returns:
         Rank of each adapted layer, by its name.
+
+    Raises:
+        CheckpointError: The message lists what does not fit.
     """
     layers = dict(model.named_modules())
     faults, ranks = [], {}
@@ -331,6 +365,9 @@ def _check_settings(lora: LoraFiles, ranks: dict[str, int], default: Any) -> dic
 
     Returns:
         The settings.
+
+    Raises:
+        CheckpointError: The message lists them.
     """
     settings, faults = lora.settings, []
     if str(settings.get("peft_type", "LORA")).rpartition(".")[2] != "LORA":

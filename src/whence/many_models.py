@@ -275,7 +275,8 @@ class ManyModels:
 
     def _measure(self, folder: Path, device: str) -> dict[str, Any]:
         weights = self.settings.weights_name
-        checkpoint = list_checkpoints(folder)[-1]
+        last = self.subject.checkpoints[-1]  # a trainer of one's own may leave a LoRA as well, of the same base
+        checkpoint = list_checkpoints(folder, base=last.base_folder, lora_alpha=last.lora_alpha)[-1]
         check_files(checkpoint)
         scheduler = load_scheduler(checkpoint)
         process = NoiseProcess.from_scheduler(scheduler)

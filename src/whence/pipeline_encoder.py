@@ -123,6 +123,22 @@ class PipelineEncoder(AbstractEncoder):
         return Latents(mean, (posterior.std.cpu() * scale).numpy() if with_deviation else None)
 
     @torch.no_grad()
+    def images_of(self, latents: Float32[ndarray, "row latent h w"]) -> Float32[ndarray, "row channel height width"]:
+        """Decode latents.
+
+        Args:
+            latents: As the network makes them.
+
+        Returns:
+            Images in [-1, 1].
+        """
+        shift, scale = _shift_and_scale(self._vae.config)
+        decoded = [
+            self._vae.decode((torch.from_numpy(z[None]) / scale + shift).to(self.device)).sample for z in latents
+        ]
+        return torch.cat(decoded).clamp(-1, 1).float().cpu().numpy()
+
+    @torch.no_grad()
     def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Arrays:
         """Encode captions.
 

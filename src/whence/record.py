@@ -91,11 +91,11 @@ class Visits:
     clip_coefficient: Float64[ndarray, " visit"]
     """Factor of gradient clipping in (0, 1]; 0 where the step was skipped."""
     samples_in_step: Int64[ndarray, " visit"]
-    """Samples in the whole optimizer step."""
+    """Samples in the whole optimizer step; where passes of a step differ in size, as many as make the weight right."""
     loss_weight: Float32[ndarray, " visit"]
     """Factor inside the loss."""
     loss: Float32[ndarray, " visit"]
-    """The sample's loss, its weight included."""
+    """The sample's loss, its weight included; NaN where a script did not tell it."""
     timestep: Int64[ndarray, " visit"]
     """The timestep 0..T-1, from least noise to most; follows from ``model_time``."""
 

@@ -5,31 +5,28 @@
     recorder.step(loss_per_sample, grad_norm)                                                    # before the lr steps
     recorder.save(model)                                                                         # now and then
 
-The recorder draws noise and timesteps itself, from keys (``whence.diffusion.noise``), so that they can be drawn again.
-What it writes is described in ``whence.record`` and ``whence.checkpoints``.
+In a script that trains with ``accelerate``, give it the accelerator and leave the last line out: the script's own
+``save_state`` and ``load_state`` close and rewind the record. The recorder draws noise and timesteps itself, from keys
+(``whence.diffusion.noise``), so that they can be drawn again. What it writes is described in ``whence.record`` and
+``whence.checkpoints``.
 """
 
+import atexit
 import math
-import platform
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import filelock
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from whence._files import write_json
+from whence._accelerated import Accelerated, SavedState
 from whence._recorder_checks import (
     MAX_UINT16,
     MAX_UINT32,
-    PRECISIONS,
     check_batch,
     check_floating,
     checked_crops,
@@ -37,16 +34,20 @@ from whence._recorder_checks import (
     checked_ids,
     checked_norm,
     checked_optimizer,
-    checked_weights,
-    known_name,
+    clip_coefficient_of,
+    one_learning_rate,
     whole_number,
 )
+from whence._recorder_folder import RecorderFolder
+from whence._recorder_manifest import as_dict, make_manifest
+from whence._recorder_manifest import objective_of as objective_of
+from whence._recorder_pass import Pass
+from whence._script_flags import check_draws, check_flags, prior_weights, scheduler_of_training
 from whence.checkpoints import Checkpoint, save_checkpoint
 from whence.config import LossName, ObjectiveSettings
-from whence.diffusion.noise import drawn_drop, drawn_flip, noise_key
+from whence.diffusion.noise import draw_latents, drawn_flip, is_withheld, noise_key
 from whence.diffusion.process import NoiseProcess
-from whence.errors import InUseError, NumericsError, RecordError
-from whence.record import FORMAT_VERSION, PartWriter, read_manifest
+from whence.errors import NumericsError, RecordError
 
 
 class Recorder:
@@ -67,11 +68,14 @@ class Recorder:
         data_fingerprint: Fingerprint of the training images, so that others cannot be taken for them.
         rank: Number of this process, where several train together.
         resume_from: Step of the checkpoint that training goes on from; parts beyond it are moved aside. 0 starts over.
+        accelerator: The ``accelerate.Accelerator`` of a script. Rank, precision and gradient accumulation are taken
+            from it; ``save_state`` closes a part of the record, ``load_state`` goes back to where that was. Make the
+            recorder in every process, after ``prepare`` and before ``load_state``.
         same_config: Also refuse to go on with another ``config``; otherwise only what a replay depends on must agree.
 
     Raises:
         RecordError: If the folder holds a record and ``resume_from`` is not given, or one made with other settings; or
-            a setting is none that can be recorded.
+            a setting is none that can be recorded, such as ``dream_training`` of the scripts.
         InUseError: If another process is recording into the folder.
     """
 
@@ -89,37 +93,46 @@ class Recorder:
         data_fingerprint: str | None = None,
         rank: int = 0,
         resume_from: int | None = None,
+        accelerator: Any = None,
         same_config: bool = False,
     ):
         self.folder = Path(folder)
-        self.scheduler = scheduler
         self.optimizer = checked_optimizer(optimizer)
-        settings = _as_dict(config)
-        self.process = NoiseProcess.from_scheduler(scheduler, objective or objective_of(settings))
-        self.rank = whole_number("rank", rank, 0, MAX_UINT16)
-        self._same_config = same_config
+        self._settings = settings = as_dict(config)
+        check_flags(settings)
+        self._accelerated = None if accelerator is None else Accelerated(accelerator, settings)
+        self.scheduler = scheduler_of_training(scheduler, settings)
+        self.process = NoiseProcess.from_scheduler(self.scheduler, objective or objective_of(settings))
+        plain = replace(self.process.objective, precondition_outputs=False)
+        self._weight_of_elements = replace(self.process, objective=plain).loss_weight
+        self.rank = whole_number("rank", accelerator.process_index if accelerator else rank, 0, MAX_UINT16)
         self.seed = whole_number("seed", _first(seed, settings.get("seed"), 0), -(2**63), 2**64 - 1)
         self.max_grad_norm = checked_norm(_first(max_grad_norm, settings.get("max_grad_norm")))
-        self.manifest = {
-            "format_version": FORMAT_VERSION,
-            "seed": self.seed,
-            "max_grad_norm": self.max_grad_norm,
-            "loss": known_name("loss", _first(loss, settings.get("loss"), "mse"), LossName),
-            "mixed_precision": known_name("mixed_precision", settings.get("mixed_precision") or "no", PRECISIONS),
-            "prediction_type": self.process.prediction_type,
-            "scheduler": _describe_scheduler(scheduler),
-            "data_fingerprint": data_fingerprint,
-            "config": _plain(_without_secrets(settings)),
-            "versions": _versions(),
-        } | _of_objective(self.process)
-        self._lock = filelock.FileLock(self.folder / f".recorder-{rank}.lock", timeout=0)
-        self._parts = self._claim_folder(resume_from)
+        precision = accelerator.mixed_precision if accelerator else settings.get("mixed_precision")
+        manifest = make_manifest(
+            settings,
+            self.process,
+            self.scheduler,
+            seed=self.seed,
+            max_grad_norm=self.max_grad_norm,
+            loss=_first(loss, settings.get("loss"), "mse"),
+            mixed_precision=precision or "no",
+            data_fingerprint=data_fingerprint,
+        )
+        # Whether a script finds a checkpoint to resume from is known when it calls load_state, or draws without.
+        may_load = bool(accelerator and resume_from is None and settings.get("resume_from_checkpoint"))
+        self._record = RecorderFolder(
+            self.folder, manifest, self.rank, resume_from, may_load=may_load, same_config=same_config
+        )
         self.last_step = resume_from or 0
-        self._open: dict[str, Any] | None = None
+        self._open: Pass | None = None
         self._step_rows: list[dict[str, Any]] = []
         self._part_rows: list[dict[str, Any]] = []
         self._occurrences: Counter[str] = Counter()
-        self._flips: dict[tuple[str, ...], Bool[np.ndarray, " event"]] = {}
+        self._prepared: dict[tuple[str, ...], dict[str, Any]] = {}
+        if accelerator:
+            accelerator.register_for_checkpointing(SavedState(self.close_part, lambda: self.last_step, self._rewind))
+            atexit.register(self.close)  # scripts end without a word, maybe after their last checkpoint
 
     def flip(self, ids: Iterable[Any], images: Float[Tensor, "event *shape"]) -> Float[Tensor, "event *shape"]:
         """Mirror about half of the images left to right, by their keys.
@@ -134,29 +147,72 @@ class Recorder:
         """
         sample_ids = checked_ids(ids)
         check_batch("flip()", sample_ids, images)
-        flips = np.array([drawn_flip(key) for key in self._keys(sample_ids)], dtype=bool)
-        self._flips[tuple(sample_ids)] = flips
-        return flip_where(images, torch.from_numpy(flips))
+        flips = [drawn_flip(key) for key in self._keys(sample_ids)]
+        self._prepare(sample_ids)["flip"] = flips
+        return flip_where(images, torch.tensor(flips))
 
     def drop(self, ids: Iterable[Any], probability: float) -> Bool[Tensor, " event"]:
-        """Choose, by their keys, the samples whose caption or label is withheld.
+        """Decide by their keys whose captions or labels are withheld from the network.
 
-        Call it before :meth:`draw` with the same ids, and give it the mask as ``condition_dropped``.
+        Call it before :meth:`draw` with the same ids; what stands in the place of a caption is up to the caller.
 
         Args:
-            ids: Stable ids of the samples, in the order of the batch.
-            probability: Share of visits that withhold it.
+            ids: As for :meth:`draw`.
+            probability: Share of captions to withhold.
 
         Returns:
-            True where it is withheld.
+            True where it is withheld, on the CPU.
 
         Raises:
-            RecordError: If an id cannot be one, or the probability is not 0 to 1.
+            RecordError: If the probability is not within 0 and 1, or an id cannot be used.
         """
+        sample_ids = checked_ids(ids)
         if not 0 <= probability <= 1:
             raise RecordError(f"The probability of drop() must be 0 to 1; found {probability}.")
-        keys = self._keys(checked_ids(ids))
-        return torch.tensor([drawn_drop(key, probability) for key in keys])
+        dropped = [is_withheld(key, probability) for key in self._keys(sample_ids)]
+        self._prepare(sample_ids)["condition_dropped"] = dropped
+        return torch.tensor(dropped)
+
+    def latents(self, ids: Iterable[Any], posterior: Any) -> Float[Tensor, "event *shape"]:
+        """Draw latents from a VAE's posterior by their keys, in the place of ``latent_dist.sample()``.
+
+        Call it before :meth:`draw` with the same ids, for all batches or for none.
+
+        Args:
+            ids: As for :meth:`draw`.
+            posterior: What the VAE's ``encode`` gives as ``latent_dist``, with its ``mean`` and ``std``.
+
+        Returns:
+            Mean + standard deviation x normals, of the type of the mean, not yet scaled.
+
+        Raises:
+            RecordError: If the posterior has no mean and deviation, or ids and images differ in number.
+        """
+        sample_ids = checked_ids(ids)
+        mean, std = (getattr(posterior, name, None) for name in ("mean", "std"))
+        if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
+            raise RecordError(
+                "latents() needs the posterior, vae.encode(images).latent_dist, with its mean and std; found "
+                f"{type(posterior).__name__}."
+            )
+        check_batch("latents()", sample_ids, mean)
+        self._prepare(sample_ids)["latents"] = True
+        center, deviation = (values.detach().float().cpu().numpy() for values in (mean, std))
+        return torch.from_numpy(draw_latents(center, deviation, self._keys(sample_ids))).to(mean)
+
+    def noise_of_input(self) -> Float[Tensor, "event *shape"]:
+        """Give what the noisy image of the pass under way is made of, under ``input_perturbation``.
+
+        Returns:
+            The noise of :meth:`draw` with the perturbation added.
+
+        Raises:
+            RecordError: If there is no pass under way.
+        """
+        if self._open is None:
+            raise RecordError("There is no pass under way; call draw() first.")
+        self._open.asks_for_input = False
+        return self._open.noise_of_input
 
     def draw(
         self,
@@ -188,37 +244,45 @@ class Recorder:
         check_floating(like)
         tops_lefts = checked_crops(crops, len(sample_ids))
         dropped = checked_dropped(condition_dropped, len(sample_ids))
-        if self._open is not None:
-            raise RecordError("draw() was called twice; close the first pass with step(), accumulate() or probe().")
-        if self._flips and tuple(sample_ids) not in self._flips:
-            raise RecordError("flip() was called with other ids than draw(). Call both with the same batch.")
+        priors = torch.tensor(prior_weights(self._settings, sample_ids))
+        self._leave_open_pass()
+        self._begin_if_not_loaded()
+        prepared = self._take_prepared(sample_ids)
+        if condition_dropped is not None and prepared.get("condition_dropped", dropped.tolist()) != dropped.tolist():
+            raise RecordError("condition_dropped is not what drop() gave for this batch; leave it out of draw().")
         keys = self._keys(sample_ids)
         self._occurrences.update(sample_ids)
         timesteps = torch.tensor([self.process.drawn_timestep(key) for key in keys], dtype=torch.long)
         times = self.process.times(timesteps)
-        self._open = {
-            "ids": sample_ids,
+        noise, seen = (torch.from_numpy(n).to(like) for n in self.process.noise(keys, tuple(like.shape[1:])))
+        columns = {
             "noise_key": keys,
             "model_time": times.tolist(),
             "sigma": self.process.sigma[timesteps].tolist(),
-            "own_weight": self.process.loss_weight[timesteps].tolist(),
-            "flip": self._flips.pop(tuple(sample_ids), np.zeros(len(keys), dtype=bool)).tolist(),
+            "flip": prepared.get("flip", [False] * len(keys)),
             "crop_top": tops_lefts[:, 0].tolist(),
             "crop_left": tops_lefts[:, 1].tolist(),
-            "condition_dropped": dropped.tolist(),
+            "condition_dropped": prepared.get("condition_dropped", dropped.tolist()),
         }
-        noise, self._seen_noise = (
-            torch.from_numpy(n).to(like) for n in self.process.noise(keys, tuple(like.shape[1:]))
+        self._open = Pass(
+            sample_ids,
+            columns,
+            self.process.loss_weight[timesteps] * priors,
+            self._weight_of_elements[timesteps] * priors,
+            seen,
+            asks_for_input=self.process.objective.input_perturbation > 0,
+            with_prior=bool(self._settings.get("with_prior_preservation")),
         )
+        self._drawn_at_rate = one_learning_rate(self.optimizer) if self._accelerated else None
         return noise, times.to(like.device)
 
-    def accumulate(self, loss_per_sample: Float[Tensor, " event"], *, loss_weight: Any = None) -> None:
+    def accumulate(self, loss_per_sample: Float[Tensor, "event *shape"], *, loss_weight: Any = None) -> None:
         """Close a forward pass that is not the last of its optimizer step (gradient accumulation)."""
         self._step_rows.append(self._close(loss_per_sample, loss_weight, micro_batch=len(self._step_rows)))
 
     def step(
         self,
-        loss_per_sample: Float[Tensor, " event"],
+        loss_per_sample: Float[Tensor, "event *shape"],
         grad_norm: Tensor | float | None = None,
         *,
         loss_weight: Float[Tensor, " event"] | None = None,
@@ -227,12 +291,19 @@ class Recorder:
     ) -> None:
         """Close the last forward pass of an optimizer step. Call it before the learning-rate scheduler steps.
 
+        With an accelerator, call it once for each batch, right after ``accelerator.backward``: whether that ends an
+        optimizer step, the accelerator knows, and the norm of the gradients is measured.
+
         Args:
-            loss_per_sample: Losses whose mean is minimised, their weight included; not yet averaged over the batch.
+            loss_per_sample: Losses whose mean is minimised, their weight included; not yet averaged over the batch. Or
+                losses of all elements, as ``mse_loss(..., reduction="none")`` gives them, without a weight: they are
+                averaged over each sample and multiplied with its weight. Under ``precondition_outputs`` they are of
+                clean images, as the scripts compare them.
             grad_norm: Gradient norm before clipping, as ``clip_grad_norm_`` returns it.
             loss_weight: Factor inside each loss. Default: that of the objective (``snr_gamma``, ``weighting_scheme``,
                 ``precondition_outputs``), 1 without one.
-            samples_in_step: Samples in the optimizer step over all processes. Default: those of this process.
+            samples_in_step: Samples in the optimizer step over all processes. Default: those of this process; with an
+                accelerator, the batch size x accumulation steps x processes.
             skipped: The optimizer did not step (a gradient scaler found infinite gradients); the visits count nothing.
 
         Raises:
@@ -242,7 +313,13 @@ class Recorder:
         """
         if samples_in_step is not None:
             samples_in_step = whole_number("samples_in_step", samples_in_step, 1, MAX_UINT32)
-        clip_coefficient = 0.0 if skipped else self._clip_coefficient(grad_norm)
+        accelerated = self._accelerated
+        if accelerated and not accelerated.ends_step():
+            return self.accumulate(loss_per_sample, loss_weight=loss_weight)
+        if accelerated:
+            grad_norm, is_skipped = accelerated.norm_and_skip(self.optimizer, grad_norm, self.max_grad_norm)
+            skipped = skipped or is_skipped
+        clip_coefficient = 0.0 if skipped else clip_coefficient_of(grad_norm, self.max_grad_norm)
         self.accumulate(loss_per_sample, loss_weight=loss_weight)
         if not math.isfinite(clip_coefficient):
             raise NumericsError(
@@ -250,9 +327,15 @@ class Recorder:
                 "finite. Lower the learning rate; if a gradient scaler skipped the step, pass skipped=True."
             )
         self.last_step += 1
-        learning_rate = self._learning_rate()
-        num_samples = samples_in_step or sum(len(rows["ids"]) for rows in self._step_rows)
+        learning_rate = one_learning_rate(self.optimizer)
+        if accelerated and learning_rate != self._drawn_at_rate:
+            raise RecordError(
+                f"The learning rate was {self._drawn_at_rate} when noise was drawn and is {learning_rate} at step(). "
+                "Call step() before lr_scheduler.step(), right after optimizer.step()."
+            )
+        together = sum(len(rows["ids"]) for rows in self._step_rows)
         for rows in self._step_rows:
+            num_samples = samples_in_step or (self._samples_as_counted(rows) if accelerated else together)
             self._part_rows.append(
                 rows
                 | _constant(
@@ -265,8 +348,11 @@ class Recorder:
             )
         self._step_rows = []
         self._occurrences.clear()
+        if accelerated and accelerated.saves_after(self.last_step):
+            self.close_part()
+            accelerated.wait()  # no checkpoint before every process has written down what led to it
 
-    def probe(self, loss_per_sample: Float[Tensor, " event"], *, loss_weight: Any = None) -> None:
+    def probe(self, loss_per_sample: Float[Tensor, "event *shape"], *, loss_weight: Any = None) -> None:
         """Close a forward pass that trains nothing, after the last checkpoint, so that it can be checked too."""
         rows = self._close(loss_per_sample, loss_weight, micro_batch=0)
         num_samples = len(rows["ids"])
@@ -278,7 +364,7 @@ class Recorder:
 
     def has_probe(self) -> bool:
         """Tell whether the step after the last one was probed already."""
-        return self._parts.has_probe(self.last_step + 1)
+        return self._record.parts.has_probe(self.last_step + 1)
 
     def save(
         self,
@@ -333,8 +419,17 @@ class Recorder:
             self._part_rows = []
 
     def close(self) -> None:
-        """Let other processes record into the folder."""
-        self._lock.release()
+        """Let other processes record into the folder; with an accelerator, write down the whole steps so far first."""
+        if self._accelerated and self._record.is_claimed:
+            atexit.unregister(self.close)
+            self._open, self._step_rows = None, []  # of a step that was not finished
+            self.close_part()
+        self._record.release()
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What ``record/manifest.json`` says."""
+        return self._record.manifest
 
     def __enter__(self) -> "Recorder":
         return self
@@ -342,41 +437,43 @@ class Recorder:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _claim_folder(self, resume_from: int | None) -> PartWriter:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire()
-        except filelock.Timeout as error:
-            raise InUseError(
-                f"Another process is training into {self.folder}. Wait for it, or choose a new folder."
-            ) from error
-        try:
-            return self._open_parts(resume_from)
-        except BaseException:
-            self._lock.release()
-            raise
+    def _rewind(self, step: int) -> None:
+        """Go back to the checkpoint of ``step``, as ``accelerator.load_state`` does."""
+        if self._open is not None or self._step_rows or self._part_rows:
+            raise RecordError("load_state() was called in the midst of training; resume in a new process.")
+        assert self._accelerated is not None  # nobody else may load
+        self._record.rewind(step, self._accelerated.accelerator.num_processes)
+        self.last_step = step
 
-    def _open_parts(self, resume_from: int | None) -> PartWriter:
-        folder = self.folder / "record"
-        folder.mkdir(exist_ok=True)
-        # The manifest is shared by all ranks, and any of them may be the first to come here.
-        if resume_from is None and (folder / f"parts-{self.rank}.json").exists():
+    def _begin_if_not_loaded(self) -> None:
+        """Start over where a script asked to resume and found no checkpoint."""
+        if self._record.may_load:
+            self._rewind(0)
+
+    def _leave_open_pass(self) -> None:
+        """Keep a pass that was not closed where a script may call step() only when gradients are synchronised."""
+        if self._open is None:
+            return
+        if not self._accelerated or self._accelerated.accelerator.gradient_accumulation_steps == 1:
+            raise RecordError("draw() was called twice; close the first pass with step(), accumulate() or probe().")
+        self._step_rows.append(self._open.rows_without_loss(len(self._step_rows)))
+        self._open = None
+
+    def _prepare(self, sample_ids: Sequence[str]) -> dict[str, Any]:
+        """Give the place for what is drawn of a batch before its noise."""
+        self._begin_if_not_loaded()
+        self._leave_open_pass()
+        return self._prepared.setdefault(tuple(sample_ids), {})
+
+    def _take_prepared(self, sample_ids: Sequence[str]) -> dict[str, Any]:
+        if self._prepared and tuple(sample_ids) not in self._prepared:
             raise RecordError(
-                f"{folder} already holds a record. Give resume_from=<step of the checkpoint you go on from>, or choose "
-                "a new folder; nothing is overwritten."
+                "flip(), latents() or drop() was called with other ids than draw(). Call all with the same batch."
             )
-        if (folder / "manifest.json").exists():
-            _check_same_settings(folder, read_manifest(folder), self.manifest, with_config=self._same_config)
-        else:
-            write_json(folder / "manifest.json", self.manifest)
-        parts = PartWriter(folder, self.rank)
-        parts.rewind(resume_from or 0)
-        if parts.last_step != (resume_from or 0):
-            raise RecordError(
-                f"The record in {folder} ends at step {parts.last_step}, before the checkpoint of step {resume_from}. "
-                "Go on from an earlier checkpoint."
-            )
-        return parts
+        prepared = self._prepared.pop(tuple(sample_ids), {})
+        check_draws(self._settings, prepared)
+        self._record.note_latents("latents" in prepared, begun=bool(self.last_step or self._step_rows))
+        return prepared
 
     def _keys(self, sample_ids: Sequence[str]) -> list[int]:
         step = self.last_step + 1
@@ -390,76 +487,18 @@ class Recorder:
     def _close(self, loss_per_sample: Tensor, loss_weight: Tensor | None, micro_batch: int) -> dict[str, Any]:
         if self._open is None:
             raise RecordError("There is no pass to close; call draw() first, once for each forward pass.")
-        num_samples = len(self._open["ids"])
-        if loss_per_sample.shape != (num_samples,):
-            raise RecordError(
-                f"The losses must be one per sample, of shape ({num_samples},); found {tuple(loss_per_sample.shape)}. "
-                "Average over the elements of each sample, not over the batch."
-            )
-        losses = loss_per_sample.detach().float().cpu()
-        if not losses.isfinite().all():
-            bad = [i for i, ok in zip(self._open["ids"], losses.isfinite().tolist(), strict=True) if not ok]
-            raise NumericsError(
-                f"The loss is not finite at step {self.last_step + 1} for sample {', '.join(bad[:5])}. "
-                "Lower the learning rate, or look at these images."
-            )
-        rows = self._open | _constant(num_samples, micro_batch=micro_batch)
-        own = torch.tensor(rows.pop("own_weight"))
-        weights = own if loss_weight is None else checked_weights(loss_weight, num_samples)
-        rows |= {"slot": list(range(num_samples)), "loss": losses.tolist(), "loss_weight": weights.tolist()}
+        rows = self._open.rows(loss_per_sample, loss_weight, step=self.last_step + 1, micro_batch=micro_batch)
         self._open = None
         return rows
 
-    def _learning_rate(self) -> float:
-        rates = sorted({float(group["lr"]) for group in self.optimizer.param_groups})
-        if len(rates) > 1:
-            raise RecordError(
-                "All parameters must have one learning rate; the optimizer's groups have "
-                f"{', '.join(map(str, rates))}. The weight of a visit would not be one number; train with one rate."
-            )
-        return rates[0]
-
-    def _clip_coefficient(self, grad_norm: Tensor | float | None) -> float:
-        """Repeat what ``torch.nn.utils.clip_grad_norm_`` multiplied the gradients with."""
-        if grad_norm is None and self.max_grad_norm is not None:
-            raise RecordError(
-                f"Gradients are clipped to the norm {self.max_grad_norm}, so step() needs the norm that "
-                "clip_grad_norm_ returned. If you do not clip, make the Recorder with a config without max_grad_norm."
-            )
-        if grad_norm is None:
-            return 1.0
-        if self.max_grad_norm is None:
-            raise RecordError(
-                "step() got a gradient norm but does not know to what it is clipped. Make the Recorder with "
-                "max_grad_norm=..., or leave the gradient norm out if you do not clip."
-            )
-        norm = float(grad_norm)
-        return min(1.0, float(self.max_grad_norm) / (norm + 1e-6)) if math.isfinite(norm) else math.nan
+    def _samples_as_counted(self, rows: dict[str, Any]) -> int:
+        assert self._accelerated is not None  # otherwise all passes are counted together
+        prior = self._settings.get("with_prior_preservation")
+        return self._accelerated.samples_in_step(len(rows["ids"]) // (2 if prior else 1))
 
     def _append(self, passes: list[dict[str, Any]], kind: str = "visits") -> None:
         columns = {name: [v for rows in passes for v in rows[name]] for name in passes[0] if name != "ids"}
-        self._parts.append(columns, [i for rows in passes for i in rows["ids"]], kind)
-
-
-def objective_of(settings: Mapping[str, Any]) -> ObjectiveSettings:
-    """Read what a training adds to noise and loss off its settings, by the names of ``diffusers``' own flags.
-
-    Args:
-        settings: Such as ``vars(args)``.
-
-    Returns:
-        The objective; what the settings do not name is off.
-    """
-    found = {f.name: settings[f.name] for f in fields(ObjectiveSettings) if settings.get(f.name) is not None}
-    if "precondition_outputs" in found:
-        found["precondition_outputs"] = bool(found["precondition_outputs"])
-    return ObjectiveSettings(**found)
-
-
-def _of_objective(process: NoiseProcess) -> dict[str, Any]:
-    """Describe what is not as in plain DDPM: what training added, and times that are not the timesteps themselves."""
-    added = {} if process.objective == ObjectiveSettings() else {"objective": asdict(process.objective)}
-    return added | ({"model_times": process.model_time.tolist()} if process.model_time.is_floating_point() else {})
+        self._record.parts.append(columns, [i for rows in passes for i in rows["ids"]], kind)
 
 
 def visit_key(seed: int, sample_id: str, step: int, rank: int, occurrence: int) -> int:
@@ -473,76 +512,9 @@ def flip_where(images: Float[Tensor, "event *shape"], flips: Bool[Tensor, " even
     return torch.where(where, images.flip(-1), images)
 
 
-def _check_same_settings(folder: Path, found: dict[str, Any], want: dict[str, Any], *, with_config: bool) -> None:
-    """Versions may differ, and the config of someone else's script; what a replay depends on may not."""
-    flat_found, flat_want = _flat(found), _flat(want)
-    free = ("versions.",) if with_config else ("versions.", "config.")
-    keys = [k for k in sorted(flat_found.keys() | flat_want.keys()) if not k.startswith(free)]
-    differences = [
-        f"{k} is {flat_found.get(k)!r} in the record, {flat_want.get(k)!r} now"
-        for k in keys
-        if flat_found.get(k) != flat_want.get(k)
-    ]
-    if differences:
-        raise RecordError(
-            f"{folder} was made with other settings: {'; '.join(differences[:5])}. Go on with the recorded settings, "
-            "or choose a new folder."
-        )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix[:-1]: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
-
-
 def _constant(count: int, **values: Any) -> dict[str, list[Any]]:
     return {name: [value] * count for name, value in values.items()}
 
 
 def _first(*values: Any) -> Any:
     return next((v for v in values if v is not None), None)
-
-
-def _as_dict(config: Any) -> dict[str, Any]:
-    if isinstance(config, Mapping):
-        return dict(config)
-    if not is_dataclass(config) or isinstance(config, type):
-        raise RecordError(
-            f"config must be a mapping or a dataclass (of parsed arguments, vars(args)); found {type(config).__name__}."
-        )
-    return asdict(config)
-
-
-def _describe_scheduler(scheduler: Any) -> dict[str, Any]:
-    # Underscored settings are diffusers' own notes; the order of one of them differs from process to process.
-    settings = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    return {"class": type(scheduler).__name__, "config": _plain(settings)}
-
-
-def _without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: v for k, v in settings.items() if not re.search(r"token|secret|password|api_?key", str(k), re.IGNORECASE)
-    }
-
-
-def _plain(value: Any) -> Any:
-    """Turn settings into what JSON can hold; anything else becomes its text."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, set | frozenset):
-        return sorted(str(v) for v in value)
-    kept = isinstance(value, str | int | bool | None) or (isinstance(value, float) and math.isfinite(value))
-    return value if kept else str(value)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("whence", "torch", "diffusers", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # running from a source tree that was never installed
-            versions[package] = "unknown"
-    return versions

@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
 from whence.checkpoints import Checkpoint, check_files, load_model
 from whence.diffusion.adapters import check_model, predict
-from whence.diffusion.noise import drawn_drop, drawn_flip
+from whence.diffusion.noise import drawn_flip, is_withheld
 from whence.diffusion.objectives import sample_loss
 from whence.diffusion.process import NoiseProcess
 from whence.event_table import make_batch
@@ -78,7 +79,7 @@ def _check_keys(record: Record, process: NoiseProcess) -> CheckRow:
                 faults.append(f"step {step}, {sample_id}: key or timestep")
             elif drawn_by_key and bool(visits.flip[i]) != drawn_flip(key):
                 faults.append(f"step {step}, {sample_id}: flip")
-            elif dropout is not None and bool(visits.condition_dropped[i]) != drawn_drop(key, dropout):
+            elif dropout is not None and bool(visits.condition_dropped[i]) != is_withheld(key, dropout):
                 faults.append(f"step {step}, {sample_id}: withheld caption or label")
     checked = len(record.visits) + len(record.probes)
     if faults:
@@ -98,19 +99,23 @@ def _replay(subject: Subject, checkpoint: Checkpoint, device: str) -> CheckRow:
     assert record is not None
     what = f"checkpoint {checkpoint.step}"
     visits = record.visits_of_step(checkpoint.step + 1)
-    if not len(visits):
-        return CheckRow(what, "not checkable", 0, f"no pass of step {checkpoint.step + 1} is on record")
+    if not np.isfinite(visits.loss).any():
+        return CheckRow(what, "not checkable", 0, f"no pass of step {checkpoint.step + 1} is on record with its losses")
     check_files(checkpoint)
     model = load_model(checkpoint, allow_pickle=subject.allow_pickle, device=device)
     check_model(model)
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         return CheckRow(what, "not checkable", len(visits), "the model has dropout, whose draws are not on record")
+    if any(isinstance(m, LabelEmbedding) and m.dropout_prob > 0 for m in model.modules()):
+        return CheckRow(what, "not checkable", len(visits), "the model withholds labels itself, at random")
     precision = record.manifest["mixed_precision"]
     if precision not in TOLERANCE:
         return CheckRow(what, "not checkable", len(visits), f"mixed precision {precision!r} cannot be replayed")
     # On a GPU PyTorch's own default is TensorFloat32 in convolutions: training may have had it or not.
     ways = [False] if torch.device(device).type == "cpu" else [False, True]
     replayed = [_losses(subject, model.train(), visits, device, tf32=tf32) for tf32 in ways]
+    told = np.isfinite(visits.loss)  # a script may tell the losses of a step's last pass alone
+    visits, replayed = visits.where(told), [losses[told] for losses in replayed]
     found = min(replayed, key=lambda losses: np.abs(losses - visits.loss).max())
     difference = np.abs(found - visits.loss) / np.maximum(np.abs(visits.loss), 1e-3)
     worst = int(np.argmax(difference))
@@ -126,8 +131,9 @@ def _losses(subject: Subject, model: Any, visits: Visits, device: str, *, tf32: 
     """Repeat the forward passes of one step, with the same batches."""
     assert subject.replays is not None and subject.record is not None
     losses = []
-    for micro_batch in np.unique(visits.micro_batch):
-        table = subject.replays.table(visits.where(visits.micro_batch == micro_batch))
+    # Visits are in this order, so their losses are too.
+    for micro_batch, rank in sorted({*zip(visits.micro_batch.tolist(), visits.rank.tolist(), strict=True)}):
+        table = subject.replays.table(visits.where((visits.micro_batch == micro_batch) & (visits.rank == rank)))
         batch = make_batch(table, subject.train, subject.process, device=device)
         with torch.no_grad(), autocast(subject.record.manifest["mixed_precision"], device), tensor_float_32(tf32):
             prediction = predict(model, batch.noisy, batch.times, batch.conditions)

@@ -374,7 +374,7 @@ def _shades(num_phases: int) -> list[float]:
 def _name_phases(scores: Scores) -> list[str]:
     assert scores.phases is not None
     if len(scores.phase_timesteps) == scores.phases.shape[1]:
-        return [f"{first}–{last}" for first, last in scores.phase_timesteps]
+        return [f"{first}–{last}" if first < last else str(first) for first, last in scores.phase_timesteps]
     return [f"phase {number}" for number in range(1, scores.phases.shape[1] + 1)]
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from whence.checkpoints import Checkpoint, check_files, load_model, load_scheduler
+from whence.checkpoints import Checkpoint, check_files, load_model, load_scheduler, scheduler_of_record
 from whence.config import GradientSettings, LossName, ObjectiveSettings
 from whence.data import ImageData
-from whence.diffusion.adapters import channels_of, check_model, needed_conditions
+from whence.diffusion.adapters import channels_of, check_model, check_process, needed_conditions
 from whence.diffusion.process import NoiseProcess
 from whence.errors import CheckpointError
 from whence.event_table import Replays
@@ -31,8 +31,21 @@ class Subject:
 
     @cached_property
     def process(self) -> NoiseProcess:
-        """The noising process of the last checkpoint, with what training added to it."""
-        return NoiseProcess.from_scheduler(load_scheduler(self.checkpoints[-1]), self.objective)
+        """The noising process of the last checkpoint, with what training added to it.
+
+        Raises:
+            CheckpointError: If the scheduler is not the one that training had, by the record.
+        """
+        process = NoiseProcess.from_scheduler(load_scheduler(self.checkpoints[-1]), self.objective)
+        if self.record is not None:
+            manifest = self.record.folder / "manifest.json"
+            trained = NoiseProcess.from_scheduler(scheduler_of_record(manifest, self.record.manifest), self.objective)
+            if trained.content_hash != process.content_hash:
+                raise CheckpointError(
+                    f"The scheduler beside {self.checkpoints[-1].folder} makes another noise or target than the one "
+                    f"that training had by {manifest}. Put the scheduler of the training there."
+                )
+        return process
 
     def used_checkpoints(self, which: Literal["all", "last"]) -> list[Checkpoint]:
         """Give the checkpoints that a method or store takes gradients at."""
@@ -95,6 +108,7 @@ class Subject:
             bases=self._bases,
         )
         check_model(model)
+        check_process(model, self.process, str(checkpoint.folder))
         check_inputs(model, self.train, str(checkpoint.folder))
         return GradientSource(
             model,

@@ -24,6 +24,7 @@ from whence.diffusion.adapters import check_model, predict
 from whence.diffusion.noise import keyed_order
 from whence.diffusion.objectives import sample_loss
 from whence.diffusion.process import NoiseProcess
+from whence.encoding import own_encoding
 from whence.errors import CheckpointError, ConfigError, RecordError
 from whence.event_table import conditions_of
 from whence.model_making import (
@@ -37,17 +38,17 @@ from whence.model_making import (
 from whence.precision import autocast
 from whence.progress import progress_bar
 from whence.recorder import Recorder
-from whence.words import encode_images, encoder_for, files_of, with_classes
+from whence.words import encoder_for, files_of, with_classes
 
 _TIMED_STEPS = 6
 
 
 def encoded_for(settings: ModelSettings, data: ImageData) -> ImageData:
     """Put beside training images what a model of such settings is told of them, where that is not done yet."""
-    encoder = encoder_for(settings)
-    if encoder is None or (data.encoding is not None and data.encoding.encoder == encoder.hash):
+    encoding = own_encoding(encoder_for(settings))
+    if encoding is None or (data.encoding is not None and data.encoding.encoder == encoding.encoder.hash):
         return data
-    return encode_images(data, encoder)
+    return encoding.encode(data, None)
 
 
 def checkpoint_steps(num_images: int, settings: TrainingSettings) -> list[int]:
@@ -280,7 +281,7 @@ class _Loop:
         conditions = conditions_of(self.data, rows.tolist(), withheld, device=self.device)
         if self.settings.random_flip:
             clean = self.recorder.flip(ids, clean)
-        noise, timesteps = self.recorder.draw(ids, like=clean, condition_dropped=dropped)
+        noise, timesteps = self.recorder.draw(ids, like=clean)
         with autocast(self.settings.mixed_precision, self.device):
             noisy = self.process.add_noise(clean, noise, timesteps)
             prediction = predict(self.model, noisy, self.process.times(timesteps), conditions)

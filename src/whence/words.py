@@ -1,4 +1,4 @@
-"""What models of whence's own are told of images: the words of their captions, or the number of their label.
+"""Encoders without weights: the words of captions, and the numbers of labels.
 
     words.json      beside a checkpoint's weights: settings of the words' vectors (width, length, seed)
     classes.json    beside a checkpoint's weights: labels in the order of their numbers (classes)
@@ -24,7 +24,7 @@ from whence._files import sha256_of_json
 from whence.config import ModelSettings
 from whence.data import ImageData
 from whence.diffusion.noise import noise_key, normals
-from whence.encoded import Arrays, Conditions, Encoded
+from whence.encoded import AbstractEncoder, Arrays, Latents
 from whence.errors import CheckpointError, ConfigError, DataError
 
 FORMAT_VERSION = 1
@@ -35,7 +35,7 @@ WITHHELD = ""
 
 @final
 @dataclass(frozen=True)
-class WordEncoder:
+class WordEncoder(AbstractEncoder):
     """Captions as their words' vectors, for the cross-attention of a network."""
 
     width: int = 64
@@ -50,11 +50,12 @@ class WordEncoder:
         """Hash of all that what it makes depends on."""
         return sha256_of_json(["words", FORMAT_VERSION, asdict(self)])
 
-    def encode(self, texts: Sequence[str]) -> dict[str, ndarray]:
+    def conditions(self, texts: Sequence[str], size: tuple[int, int] = (0, 0)) -> Arrays:
         """Give the vectors of the words of captions.
 
         Args:
             texts: Captions. Words are their runs of letters and digits, whatever their case.
+            size: Of no account.
 
         Returns:
             ``encoder_hidden_states``: float32 of axes text, word, width.
@@ -63,7 +64,7 @@ class WordEncoder:
             DataError: If a caption has more words than ``length``.
 
         Example:
-            >>> WordEncoder(width=8, length=4).encode(["a red Apple"])["encoder_hidden_states"].shape
+            >>> WordEncoder(width=8, length=4).conditions(["a red Apple"])["encoder_hidden_states"].shape
             (1, 4, 8)
         """
         return {"encoder_hidden_states": np.stack([self._encode(text) for text in texts])}
@@ -81,22 +82,48 @@ class WordEncoder:
 
 @final
 @dataclass(frozen=True)
-class ClassEncoder:
-    """Labels as the numbers of classes; the number after the last one stands for a label that was withheld."""
+class ClassEncoder(AbstractEncoder):
+    """Labels as the numbers of classes."""
 
     classes: tuple[str, ...]
     """Labels in the order of their numbers."""
+    withheld: int | None = None
+    """Number that stands for a label that was withheld, where there is one."""
+    vae: AbstractEncoder | None = None
+    """What makes latents, of a network of these."""
 
     @property
     def hash(self) -> str:
-        """Hash of the labels in their order."""
-        return sha256_of_json(["classes", FORMAT_VERSION, self.classes])
+        """Hash of the labels in their order, of the number of none, and of the VAE."""
+        parts = [] if self.vae is None else [self.vae.hash]
+        return sha256_of_json(["classes", FORMAT_VERSION, self.classes, self.withheld, *parts])
 
-    def encode(self, texts: Sequence[str]) -> dict[str, ndarray]:
+    @property
+    def has_vae(self) -> bool:
+        """Whether the network sees latents."""
+        return self.vae is not None and self.vae.has_vae
+
+    @property
+    def knows_none(self) -> bool:
+        """Whether a number stands for a label that is withheld."""
+        return self.withheld is not None
+
+    def latents(self, pixels: Float32[ndarray, "row channel height width"], *, with_deviation: bool) -> Latents:
+        """Encode images; see :class:`AbstractEncoder`."""
+        assert self.vae is not None  # asked only where there is one
+        return self.vae.latents(pixels, with_deviation=with_deviation)
+
+    def images_of(self, latents: Float32[ndarray, "row latent h w"]) -> Float32[ndarray, "row channel height width"]:
+        """Decode latents; see :class:`AbstractEncoder`."""
+        assert self.vae is not None  # asked only where there is one
+        return self.vae.images_of(latents)
+
+    def conditions(self, texts: Sequence[str], size: tuple[int, int] = (0, 0)) -> Arrays:
         """Number labels.
 
         Args:
             texts: Labels; the empty one is that of no label.
+            size: Of no account.
 
         Returns:
             ``class_labels``: int64, one for each text.
@@ -104,12 +131,14 @@ class ClassEncoder:
         Raises:
             DataError: If a label is unknown.
         """
-        number = {name: k for k, name in enumerate(self.classes)} | {WITHHELD: len(self.classes)}
+        number = {name: k for k, name in enumerate(self.classes)}
+        if self.withheld is not None:
+            number[WITHHELD] = self.withheld
         unknown = sorted({text for text in texts if text not in number})
         if unknown:
             raise DataError(
-                f"The model knows the labels {', '.join(self.classes)}; found {', '.join(map(repr, unknown[:5]))}. "
-                "Label images as those that it was trained on."
+                f"The network knows the labels {', '.join(self.classes)}; found {', '.join(map(repr, unknown[:5]))}. "
+                "Label images as those that it was trained on, or give the order of its classes with --class-names."
             )
         return {"class_labels": np.array([number[text] for text in texts], dtype=np.int64)}
 
@@ -128,55 +157,6 @@ def words_of(text: str) -> list[str]:
         ['cat', 'face', 'noto', 'style']
     """
     return re.findall(r"[^\W_]+", text.casefold())
-
-
-def encode_captions(images: ImageData, encoder: WordEncoder) -> ImageData:
-    """Put the words of their captions beside images.
-
-    Args:
-        images: Images with captions.
-        encoder: Makes the words' vectors.
-
-    Returns:
-        The images with an ``encoding``.
-
-    Raises:
-        DataError: If no image has a caption, or one has too many words.
-    """
-    if not any(images.captions or ()):
-        raise DataError(
-            f"The model is told the captions of images; those of {images.source} have none. Name their column with "
-            "--caption-column, or put a metadata.jsonl beside the images."
-        )
-    return _encode(images, images.captions or (), encoder)
-
-
-def encode_labels(images: ImageData, classes: Sequence[str]) -> ImageData:
-    """Put the numbers of their labels beside images.
-
-    Args:
-        images: Images with labels.
-        classes: Labels in the order of their numbers.
-
-    Returns:
-        The images with an ``encoding``.
-
-    Raises:
-        DataError: If no image has a label, or one is not among ``classes``.
-    """
-    if not any(images.labels or ()):
-        raise DataError(
-            f"The model is told the labels of images; those of {images.source} have none. Name their column with "
-            "--label-column, or put images into a folder for each label."
-        )
-    return _encode(images, images.labels or (), ClassEncoder(tuple(classes)))
-
-
-def encode_images(images: ImageData, encoder: WordEncoder | ClassEncoder) -> ImageData:
-    """Put what the encoder makes of captions or labels beside images; see :func:`encode_captions`."""
-    if isinstance(encoder, WordEncoder):
-        return encode_captions(images, encoder)
-    return encode_labels(images, encoder.classes)
 
 
 def encoder_of(folder: Path) -> WordEncoder | ClassEncoder | None:
@@ -203,14 +183,20 @@ def files_of(encoder: WordEncoder | ClassEncoder | None) -> dict[str, dict[str, 
     if encoder is None:
         return {}
     name = WORDS_FILE if isinstance(encoder, WordEncoder) else CLASSES_FILE
-    return {name: {"format_version": FORMAT_VERSION} | asdict(encoder)}
+    about = asdict(encoder) if isinstance(encoder, WordEncoder) else {"classes": encoder.classes}
+    return {name: {"format_version": FORMAT_VERSION} | about}
 
 
 def encoder_for(settings: ModelSettings) -> WordEncoder | ClassEncoder | None:
     """Make the encoder of a model that is to be trained; labels are given by :func:`with_classes`."""
     if settings.condition == "words":
         return WordEncoder(settings.word_width, settings.caption_words)
-    return ClassEncoder(settings.classes) if settings.condition == "label" else None
+    return _of_classes(settings.classes) if settings.condition == "label" else None
+
+
+def _of_classes(classes: Sequence[str]) -> ClassEncoder:
+    """Our own networks have a number more than classes, for no label."""
+    return ClassEncoder(tuple(classes), withheld=len(classes))
 
 
 def with_classes(settings: ModelSettings, images: ImageData) -> ModelSettings:
@@ -241,21 +227,12 @@ def _read(path: Path) -> WordEncoder | ClassEncoder:
     try:
         found = json.loads(path.read_text())
         version = found.pop("format_version")
-        encoder = WordEncoder(**found) if path.name == WORDS_FILE else ClassEncoder(tuple(found["classes"]))
+        encoder = WordEncoder(**found) if path.name == WORDS_FILE else _of_classes(found["classes"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}. Restore it.") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}; this version of whence reads {FORMAT_VERSION}.")
     return encoder
-
-
-def _encode(images: ImageData, texts: Sequence[str], encoder: WordEncoder | ClassEncoder) -> ImageData:
-    distinct = tuple(dict.fromkeys([*texts, WITHHELD]))
-    which = {text: k for k, text in enumerate(distinct)}
-    arrays: Arrays = encoder.encode(distinct)
-    of_row = np.array([which[text] for text in texts], dtype=np.int64)
-    conditions = Conditions(distinct, arrays, of_row, withheld=which[WITHHELD])
-    return replace(images, encoding=Encoded(encoder.hash, None, None, conditions))
 
 
 @lru_cache(maxsize=65536)

@@ -1,10 +1,13 @@
+from typing import cast
+
 import pytest
 from diffusers.models import normalization
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from engine.contract import Case, LayerContract, check_gradients
+from engine.contract import Case, LayerContract, capture_factors, check_gradients
 
 GROUP_NORMS = {
     "image": Case(lambda: nn.GroupNorm(2, 4), (4, 3, 2), again=lambda inputs: inputs[..., 1:]),
@@ -78,6 +81,30 @@ class TestDiffusersRMSNorm(LayerContract):
 def test_a_norm_without_parameters_is_passed_through(norm: nn.Module):
     model = nn.Sequential(nn.Linear(4, 4), norm).double()
     check_gradients(model, Case(nn.Identity, (4,)).inputs(3), 3)
+
+
+class FirstAddsOne(nn.Module):
+    """A norm of something that requires a gradient, as in a network, so that autograd saves its statistics."""
+
+    def __init__(self, norm: nn.GroupNorm, checkpointed: bool):
+        super().__init__()
+        self.norm = norm
+        self.checkpointed = checkpointed
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.requires_grad_() + 1
+        return checkpoint(self.norm, inputs, use_reentrant=False) if self.checkpointed else self.norm(inputs)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("num_units", [4, 2])
+def test_group_norm_uses_the_statistics_of_the_forward_pass(checkpointed: bool, num_units: int):
+    case = GROUP_NORMS["image"]
+    model = FirstAddsOne(cast(nn.GroupNorm, case.build()), checkpointed)
+    factors, _ = capture_factors(model, case.inputs(4), num_units)
+    # Checkpointing hands out what it recomputes once, to the backward pass.
+    assert [saved is None for saved in factors.saved] == [checkpointed]
+    check_gradients(model, case.inputs(4), num_units)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)

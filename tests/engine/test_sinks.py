@@ -45,6 +45,48 @@ def test_a_layout_lays_parameters_end_to_end(model: nn.Module):
     assert Layout.of({}) == Layout({}, 0)
 
 
+def test_runs_of_a_layout(model: nn.Module):
+    layout = Layout.of(dict(model.named_parameters()))
+    assert layout.runs(["3.bias", "0.bias", "2.bias", "3.weight"]) == [
+        (["0.bias"], slice(54, 57)),
+        (["2.bias", "3.weight", "3.bias"], slice(81, 87)),
+    ]
+    assert layout.runs([]) == []
+
+
+@pytest.mark.parametrize("num_vectors", [1, 3, 100])  # of many vectors no copies are made
+@pytest.mark.parametrize("patterns", [("*",), ("*.weight",)])
+def test_dots_of_many_small_parameters(num_vectors: int, patterns: tuple[str, ...]):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(30))).double()
+    data = torch.randn(4, 20, dtype=torch.float64)
+    rows = run(model, data, 4, lambda layout: GatherSink(layout, data.new_zeros(4, layout.num_params)), patterns).rows
+    vectors = torch.randn(num_vectors, rows.shape[1], dtype=torch.float64)
+    sink = run(model, data, 4, lambda layout: DotSink(layout, vectors, 4), patterns)
+    torch.testing.assert_close(sink.dots, rows @ vectors.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sink.norm_squared, rows.square().sum(1), rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("num_vectors", [1, 30])
+def test_dots_over_many_numbers_are_as_exact_as_float32_is(num_vectors: int):
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Linear(30, 30, bias=False) for _ in range(300))
+    data = torch.randn(2, 30)
+
+    def outputs(some: slice) -> Tensor:
+        return torch.stack([layer(data[some]).square().sum(1) for layer in model]).sum(0)
+
+    capture = Capture(model)
+    layout = Layout.of(capture.parameters)
+    gathered = GatherSink(layout, torch.zeros(2, layout.num_params))
+    capture.run(outputs, 2, 2, [gathered])
+    vectors = gathered.rows[:1].repeat(num_vectors, 1)  # all terms have one sign, so that errors add up
+    sink = DotSink(layout, vectors, 2)
+    capture.run(outputs, 2, 2, [sink])
+    length = float(vectors[0].double().norm())
+    assert abs(float(sink.dots[0, 0]) - length**2) < 1e-6 * length**2
+
+
 def test_gathered_rows_are_in_the_order_of_the_parameters(model: nn.Module, data: Tensor):
     sink = run(model, data, 4, lambda layout: GatherSink(layout, data.new_zeros(4, layout.num_params)))
     for event in range(4):

@@ -105,6 +105,16 @@ class ProjectionContract:
         projection.add(rows, "conv.weight", values)
         torch.testing.assert_close(rows - start, project(projection, {"conv.weight": values}))
 
+    def test_open_rows_close_to_rows(self):
+        projection, gradients = self.make(), random_gradients()
+        opened = torch.zeros(2, projection.open_width, dtype=torch.float64)
+        for name, values in gradients.items():
+            projection.add(opened, name, values)
+        rows = torch.full((2, projection.width), 3.0, dtype=torch.float64)
+        projection.close(opened, rows)
+        torch.testing.assert_close(rows - 3, project(projection, gradients))
+        assert not opened.any()
+
     def test_units_do_not_mix(self):
         gradients = random_gradients(4)
         together = project(self.make(), gradients)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from whence.diffusion.process import NoiseProcess
 from whence.errors import UnsupportedModelError
 
 Network = Any
@@ -29,6 +30,8 @@ class Adapter:
     """Takes network, noisy, times, conditions; gives the prediction, perhaps with learned variances behind it."""
     needs: Callable[[Any], tuple[str, ...]]
     """Names the conditions that a configuration asks for."""
+    by_flow_matching: bool = False
+    """Whether networks of this class are trained by flow matching and nothing else."""
 
 
 def predict(
@@ -65,6 +68,24 @@ def check_model(model: Network) -> None:
         raise UnsupportedModelError(f"whence calls models of class {', '.join(sorted(ADAPTERS))}; found {name}.")
     if name == "UNet2DConditionModel":
         _check_conditional_unet(model.config)
+
+
+def check_process(model: Network, process: NoiseProcess, where: str) -> None:
+    """Refuse a scheduler that a network of this class was not trained with.
+
+    Args:
+        model: The network.
+        process: What its scheduler says.
+        where: The checkpoint, for messages.
+
+    Raises:
+        UnsupportedModelError: If the network is of flow matching and the scheduler is not.
+    """
+    if ADAPTERS[_class_name(model)].by_flow_matching and process.prediction_type != "flow":
+        raise UnsupportedModelError(
+            f"A {_class_name(model)} is trained by flow matching; the scheduler that belongs to {where} is for "
+            f"{process.prediction_type}. Put the scheduler of the training there, a FlowMatchEulerDiscreteScheduler."
+        )
 
 
 def needed_conditions(model: Network) -> tuple[str, ...]:
@@ -209,9 +230,9 @@ ADAPTERS: dict[str, Adapter] = {
     "UNet2DModel": Adapter(_call_unet, _needs_of_unet),
     "UNet2DConditionModel": Adapter(_call_conditional_unet, _needs_of_conditional_unet),
     "DiTTransformer2DModel": Adapter(_call_dit, lambda config: ("class_labels",)),
-    "SD3Transformer2DModel": Adapter(_call_sd3, lambda config: ("encoder_hidden_states", "pooled_projections")),
-    "FluxTransformer2DModel": Adapter(_call_flux, _needs_of_flux),
+    "SD3Transformer2DModel": Adapter(_call_sd3, lambda config: ("encoder_hidden_states", "pooled_projections"), True),
+    "FluxTransformer2DModel": Adapter(_call_flux, _needs_of_flux, True),
     "PixArtTransformer2DModel": Adapter(_call_pixart, _needs_of_pixart),
-    "SanaTransformer2DModel": Adapter(_call_sana, _needs_of_sana),
+    "SanaTransformer2DModel": Adapter(_call_sana, _needs_of_sana, True),
 }
 """By class. A further one needs no change elsewhere."""

@@ -77,8 +77,8 @@ def drawn_flip(key: int) -> bool:
     return bool(scalar_draws(key)[1] < 0.5)
 
 
-def drawn_drop(key: int, probability: float) -> bool:
-    """Tell whether a key withholds a caption or label, which so large a share of all keys does."""
+def is_withheld(key: int, probability: float) -> bool:
+    """Tell whether a key withholds the caption or label of its visit."""
     return bool(scalar_draws(derived_key(key, "dropped"))[0] < probability)
 
 

@@ -129,11 +129,13 @@ class NoiseProcess:
         noise = normals_of_keys(keys, shape)
         asked = self.objective
         if asked.noise_offset:
-            shifts = normals_of_keys([derived_key(k, "offset") for k in keys], (shape[0],) + (1,) * (len(shape) - 1))
+            shifts = normals_of_keys(
+                [derived_key(int(k), "offset") for k in keys], (shape[0],) + (1,) * (len(shape) - 1)
+            )
             noise = noise + np.float32(asked.noise_offset) * shifts
         if not asked.input_perturbation:
             return noise, noise
-        more = normals_of_keys([derived_key(k, "perturbation") for k in keys], shape)
+        more = normals_of_keys([derived_key(int(k), "perturbation") for k in keys], shape)
         return noise, noise + np.float32(asked.input_perturbation) * more
 
     def add_noise(

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache, cached_property
-from math import ceil
+from math import ceil, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,8 @@ PER_ELEMENT = 80.0
 """Making, writing and reading again an element of a gradient."""
 PER_PAIR = 140.0
 """Adding an element of one matrix of pairs of positions to another."""
+PER_GATHERED = 32.0
+"""Gathering an element of a patch."""
 
 
 class Piece(NamedTuple):
@@ -51,10 +53,15 @@ class AbstractLayerFactors(ABC):
         num_units: Units in the batch.
     """
 
+    wanted: tuple[str, ...] = ()
+    """Attributes of the layer's own node in autograd's graph that spare work, where they are to be had."""
+
     def __init__(self, layer: nn.Module, calls: list[Call], num_units: int):
         self.layer = layer
         self.calls = calls
         self.num_units = num_units
+        self.saved: list[tuple[Tensor, ...] | None] = [None] * len(calls)
+        """What was wanted, by call; None where it is not to be had."""
 
     @abstractmethod
     def materialise(self) -> dict[str, Float[Tensor, "unit *shape"]]:
@@ -129,11 +136,12 @@ class AbstractLayerFactors(ABC):
 
     def _per_unit(self, events: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit member *rest"]:
         """Split the event axis into units and their members."""
-        return events.view(self.num_units, -1, *events.shape[1:])
+        size, *rest = events.shape
+        return events.view(self.num_units, size // self.num_units, *rest)
 
     def _sum_members(self, events: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit *rest"]:
         """Add up the members of each unit."""
-        return events if len(events) == self.num_units else self._per_unit(events).sum(1)
+        return events if events.shape[0] == self.num_units else self._per_unit(events).sum(1)
 
 
 class MatrixLayerFactors(AbstractLayerFactors):
@@ -208,8 +216,8 @@ class MatrixLayerFactors(AbstractLayerFactors):
     @property
     def outputs_at_once(self) -> int:
         """Outputs in one piece of the weight gradient."""
-        num_out, num_inner = len(self.layer.weight), self.layer.weight[0].numel()
-        num_pieces = ceil(self.num_units * num_out * num_inner / numbers_at_once(self.layer.weight.device))
+        num_out, num_inner = self._sizes
+        num_pieces = ceil(self.num_units * num_out * num_inner / numbers_at_once(self.calls[0][1].device))
         # Equal pieces, and multiples of the width of vector instructions.
         return max(1, ceil(num_out / num_pieces / 16)) * 16 if num_pieces > 1 else num_out
 
@@ -222,7 +230,8 @@ class MatrixLayerFactors(AbstractLayerFactors):
         """Make the gradient of one parameter, and not that of the other."""
         if name == "bias":
             return self.bias()
-        return self.weight_rows(slice(0, len(self.layer.weight))).unflatten(2, self.layer.weight.shape[1:])
+        shape = self.layer.weight.shape
+        return self.weight_rows(slice(0, shape[0])).view(self.num_units, *shape)
 
     def pieces(self, names: Collection[str]) -> Iterator[Piece]:
         """Make the gradients some outputs at a time."""
@@ -277,10 +286,11 @@ class MatrixLayerFactors(AbstractLayerFactors):
 
     @property
     def _row_cost(self) -> float:
-        return self.layer.weight.numel() * (self.row_rate * self.positions + PER_ELEMENT)
+        num_out, num_inner = self._sizes
+        return num_out * num_inner * (self.row_rate * self.positions + PER_ELEMENT)
 
     def _factors_pay(self, out: Tensor | None, inner: Tensor | None, with_norms: bool) -> bool:
-        num_out, num_inner = len(self.layer.weight), self.layer.weight[0].numel()
+        num_out, num_inner = self._sizes
         k_out = num_out if out is None else out.shape[1]
         k_inner = num_inner if inner is None else inner.shape[1]
         per_position = self.row_rate * num_inner * k_inner + PER_PRODUCT * k_out * (
@@ -291,15 +301,21 @@ class MatrixLayerFactors(AbstractLayerFactors):
         return self.positions * per_position + norms < self._row_cost + core_of_rows
 
     def _row_blocks(self) -> Iterator[tuple[int, Float[Tensor, "unit out inner"]]]:
-        at_once = self.outputs_at_once
-        for start in range(0, len(self.layer.weight), at_once):
-            yield start, self.weight_rows(slice(start, start + at_once))
+        at_once, num_out = self.outputs_at_once, self._sizes[0]
+        for start in range(0, num_out, at_once):
+            yield start, self.weight_rows(slice(start, min(start + at_once, num_out)))
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Outputs, and weights of each."""
+        num_out, *inner = self.layer.weight.shape
+        return num_out, prod(inner)
 
 
 def add_up(parts: Iterable[Tensor]) -> Tensor:
     """Add tensors, of which there is at least one, without a copy of a single one."""
     first, *rest = parts
-    return sum(rest, start=first)
+    return sum(rest, start=first) if rest else first
 
 
 def numbers_at_once(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -92,6 +92,9 @@ class Capture:
         self._layers, self._tables = coverage.layers, coverage.tables
         self.uncovered: dict[str, str] = coverage.uncovered
         """Parameters that are taken by running the whole model for each unit, with the reason; runs may add some."""
+        self._dtypes = {
+            layer: self.parameters[next(iter(how.names.values()))].dtype for layer, how in self._layers.items()
+        }
         self._noted: set[str] = set()
         self._refuses = uncovered == "refuse"
         self._batch_norms = {module: path for path, module in model.named_modules() if isinstance(module, BATCH_NORMS)}
@@ -99,6 +102,7 @@ class Capture:
         self._phase: Literal["off", "forward", "backward"] = "off"
         self._pending: Counter[nn.Module] = Counter()
         self._calls: dict[nn.Module, list[Call]] = defaultdict(list)
+        self._saved: dict[nn.Module, list[tuple[Tensor, ...] | None]] = defaultdict(list)
         self._num_events = 0
         self._num_units = 0
         self._sinks: Sequence[AbstractSink] = ()
@@ -204,15 +208,15 @@ class Capture:
             return None
         how = self._layers[layer]
         self._were_used.update(how.names.values())
-        inputs = [*args, *kwargs.values()]
-        one_of_one = len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
-        if how.replayed and not one_of_one:
+        inputs = (*args, *kwargs.values())
+        if how.replayed and not (len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)):
             self._uncover_layer(layer, f"its {type(layer).__name__} does not make one tensor of one")
             return None
         replaced = None
         if not output.requires_grad:
             # A copy: what follows may change it in place, which autograd forbids for a leaf.
             output = replaced = output.detach().requires_grad_().clone()
+        saved = _read_node(output, how.wanted) if how.wanted else None
         kept = _keep(inputs[0])  # in a recomputation too, where as many tensors must be kept as at first
         if self._phase == "backward":
             # Recomputed by checkpointing. The gradient goes to the output of the first time, unless it is of the old
@@ -220,10 +224,12 @@ class Capture:
             output.register_hook(partial(self._refuse_reentrant, layer))
         else:
             self._pending[layer] += 1
-            output.register_hook(partial(self._after_backward, layer, [kept]))
+            output.register_hook(partial(self._after_backward, layer, [kept], saved))
         return replaced
 
-    def _after_backward(self, layer: nn.Module, kept: list[Any], grads: Tensor) -> None:
+    def _after_backward(
+        self, layer: nn.Module, kept: list[Any], saved: tuple[Tensor, ...] | None, grads: Tensor
+    ) -> None:
         if self._phase != "backward":
             return  # the model takes a gradient of its own in its forward pass
         try:
@@ -239,9 +245,11 @@ class Capture:
         if grads.dtype != self.arithmetic:
             self.arithmetic = max(self.arithmetic, grads.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         how = self._layers[layer]
-        dtype = self.parameters[next(iter(how.names.values()))].dtype
-        inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
-        self._calls[layer].append((inputs, grads.detach().to(dtype)))
+        dtype = self._dtypes[layer]
+        if inputs.dtype != dtype and inputs.is_floating_point():
+            inputs = inputs.to(dtype)
+        self._calls[layer].append((inputs, grads.detach() if grads.dtype == dtype else grads.detach().to(dtype)))
+        self._saved[layer].append(saved)
         self._pending[layer] -= 1
         if not self._pending[layer] and not how.replayed:
             self._consume(layer)
@@ -253,14 +261,16 @@ class Capture:
         )
 
     def _consume(self, layer: nn.Module) -> None:
-        calls, how = self._calls.pop(layer), self._layers[layer]
+        calls, saved, how = self._calls.pop(layer), self._saved.pop(layer), self._layers[layer]
         for call in calls:
             for tensor in call:
-                size = len(tensor) if tensor.ndim else 0
+                size = tensor.shape[0] if tensor.ndim else 0
                 if size != self._num_events:
                     self._uncover_layer(layer, f"its layer saw a batch of {size}, not of {self._num_events} events")
         if not (self.uncovered and self.uncovered.keys() & how.names.values()):
-            self._hand_over(how.kind(layer, calls, self._num_units), how.names)
+            factors = how.kind(layer, calls, self._num_units)
+            factors.saved = saved
+            self._hand_over(factors, how.names)
 
     def _consume_tables(self, tables: dict[str, EventTable]) -> None:
         gradients = {}
@@ -328,6 +338,7 @@ class Capture:
         self._phase = "off"
         self._pending.clear()
         self._calls.clear()
+        self._saved.clear()
         self._sinks = ()
 
 
@@ -340,8 +351,29 @@ def _keep(tensor: Tensor) -> Any:
         The node of the graph.
     """
     # A product without elements computes nothing, and its node keeps both factors.
-    nothing = torch.empty(0, *[1] * tensor.ndim, device=tensor.device, requires_grad=True)
-    return (nothing * tensor.detach()).grad_fn
+    return (_nothing(tensor.ndim, tensor.device) * tensor.detach()).grad_fn
+
+
+@cache
+def _nothing(num_axes: int, device: torch.device) -> Float[Tensor, "0 *one"]:
+    """Give a tensor that makes a product with one of so many axes empty, and have a node."""
+    return torch.empty(0, *[1] * num_axes, device=device, requires_grad=True)
+
+
+def _read_node(output: Tensor, wanted: Sequence[str]) -> tuple[Tensor, ...] | None:
+    """Read what the node of a layer's output has saved.
+
+    Returns:
+        None where it has no such thing, or something watches what is saved, as gradient checkpointing does, which hands
+        out each tensor once.
+    """
+    # Without this function, which torch itself uses and does not document, there is no way to know.
+    top_hooks = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)  # noqa: SLF001
+    node = output.grad_fn
+    if top_hooks is None or top_hooks(False) is not None or not hasattr(node, wanted[0]):
+        return None
+    # Detached: a hook of the node is not to hold the node.
+    return tuple([getattr(node, name).detach() for name in wanted])
 
 
 def some_of(names: Sequence[str]) -> str:

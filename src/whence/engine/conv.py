@@ -1,10 +1,10 @@
 """Convolutions: the weight gradient of a unit is G^T A, A the input unfolded into the patches that the kernel sees.
 
-Where positions are many nothing is unfolded: the weight gradient of many units is that of *one* convolution with a
-group for each unit, which runs at the speed of training's own. Where they are few such a convolution has little to work
-on, and on a GPU it is slow in any case: there patches are gathered and multiplied. A projected ``A`` is the result of a
-small random convolution; and the Gram matrix of patches is a sum, over the elements of the kernel, of shifted views of
-the Gram matrix of pixels.
+Where a unit has many positions nothing is unfolded: the weight gradient of many units is that of *one* convolution with
+a group for each unit, which runs at the speed of training's own if the channels of a group fill vector instructions;
+zeros see to that. Where positions are few such a convolution has little to work on, and on a GPU it is slow in any
+case: there patches are gathered and multiplied. A projected ``A`` is the result of a small random convolution; and the
+Gram matrix of patches is a sum, over the elements of the kernel, of shifted views of the Gram matrix of pixels.
 
 A transposed convolution is a convolution from its output to its input: the patches are those of its output gradients,
 and its inputs take their part.
@@ -19,10 +19,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from whence.engine._base import PER_PAIR, PER_PRODUCT, MatrixLayerFactors, add_up, numbers_at_once
+from whence.engine._base import PER_GATHERED, PER_PAIR, PER_PRODUCT, MatrixLayerFactors, add_up, numbers_at_once
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _BACKWARD = torch.ops.aten.convolution_backward.default
+
+_CHANNELS = 8
+"""A convolution with groups has fast code for multiples of these (oneDNN 3.12: 3 outputs took 0.9 ms, 8 took 0.3)."""
 
 _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -38,17 +41,23 @@ class ConvFactors(MatrixLayerFactors):
 
     def weight_rows(self, outputs: slice) -> Float[Tensor, "unit out inner"]:
         """Convolve as the backward pass of training does, each unit in a group of its own; or multiply patches."""
-        if self._gathers:
-            return add_up(self._gather(call, grads[:, outputs]) for call, (_, grads) in enumerate(self._factors))
-        return add_up(self._convolve(image, grads[:, outputs]) for image, grads in self._factors)
+        make = self._gather if self._gathers else self._convolve
+        all_grads = [grads for _, grads in self._factors]
+        if outputs != slice(0, self.layer.weight.shape[0]):
+            all_grads = [grads[:, outputs] for grads in all_grads]
+        return add_up([make(call, grads) for call, grads in enumerate(all_grads)])
 
     def bias(self) -> Float[Tensor, "unit out"]:
         """Add up the output gradients over positions and calls."""
-        return add_up(self._sum_members(grads.flatten(2).sum(2)) for _, grads in self.calls)
+        return add_up([self._sum_members(grads.flatten(2).sum(2)) for _, grads in self.calls])
 
     def gram_norm_squared(self) -> Float[Tensor, " unit"]:
         """Compare all pairs of positions: of their patches and of their output gradients."""
         ((image, grads),) = self._factors
+        by_patches, by_pixels = self._gram_costs
+        if by_patches < by_pixels:
+            seen, out = self._all_patches(0), grads.flatten(2)
+            return ((seen.mT @ seen) * (out.mT @ out)).sum((1, 2))
         image = self._padded(image)
         sizes, num_pixels = image.shape[2:], image[0, 0].numel()
         units_at_once = max(1, numbers_at_once(image.device) // num_pixels**2)
@@ -68,7 +77,8 @@ class ConvFactors(MatrixLayerFactors):
         groups = self.layer.groups
         if inner is None:
             inner = torch.eye(self.layer.weight[0].numel()).to(self.layer.weight)
-        kernel = inner.T.unflatten(1, self.layer.weight.shape[1:]).repeat(groups, *[1] * (len(self._kernel) + 1))
+        kernel = inner.T.unflatten(1, self.layer.weight.shape[1:])
+        kernel = kernel if groups == 1 else kernel.repeat(groups, *[1] * (len(self._kernel) + 1))
         cores = []
         for image, grads in self._factors:
             patches = _CONVOLVE[len(self._kernel)](
@@ -107,43 +117,60 @@ class ConvFactors(MatrixLayerFactors):
     @property
     def positions(self) -> int:
         """Positions of a unit, over all calls."""
-        return sum(grads[:, 0].numel() for _, grads in self._factors) // self.num_units
+        return sum(grads.shape[0] * prod(grads.shape[2:]) for _, grads in self._factors) // self.num_units
 
     @property
     def gram_cost(self) -> float:
-        """Products of pixels with pixels and of positions with positions, and sums over shifted pairs of positions."""
-        ((image, grads), *_) = self._factors
-        if len(image) != self.num_units or self.layer.groups > 1:
+        """Cost of the cheaper of two ways."""
+        if self._factors[0][0].shape[0] != self.num_units or self.layer.groups > 1:
             return inf
+        return min(self._gram_costs)
+
+    @cached_property
+    def _gram_costs(self) -> tuple[float, float]:
+        """Cost of gathering patches and multiplying them, and of multiplying pixels and adding shifted products."""
+        ((image, grads), *_) = self._factors
+        num_channels, num_elements = image.shape[1], prod(self._kernel)
         num_pixels = prod(size + 2 * p for size, p in zip(image.shape[2:], self._padding, strict=True))
-        num_positions = grads[0, 0].numel()
-        products = num_pixels**2 * image.shape[1] + num_positions**2 * grads.shape[1]
-        return PER_PRODUCT * products + PER_PAIR * num_positions**2 * (prod(self._kernel) + 1)
+        num_positions = prod(grads.shape[2:])
+        pairs = num_positions**2
+        by_patches = num_positions * PER_GATHERED + pairs * PER_PRODUCT
+        by_pixels = PER_PRODUCT * num_pixels**2 * num_channels + PER_PAIR * pairs * (num_elements + 1)
+        of_grads = PER_PRODUCT * pairs * grads.shape[1]
+        return by_patches * num_channels * num_elements + of_grads, by_pixels + of_grads
 
     @property
     def outputs_at_once(self) -> int:
         """Outputs in one piece of the weight gradient; all of them where they fall into groups."""
-        return super().outputs_at_once if self.layer.groups == 1 else len(self.layer.weight)
+        return super().outputs_at_once if self.layer.groups == 1 else self._sizes[0]
 
-    def _convolve(
-        self, image: Float[Tensor, "event in *size"], grads: Float[Tensor, "event out *size2"]
-    ) -> Float[Tensor, "unit out inner"]:
-        if len(image) == self.num_units or grads.shape[1] == len(self.layer.weight):
+    def _convolve(self, call: int, grads: Float[Tensor, "event out *size2"]) -> Float[Tensor, "unit out inner"]:
+        image = self._factors[call][0]
+        num_events, num_out = grads.shape[:2]
+        if num_events == self.num_units or num_out == self.layer.weight.shape[0]:
             # Members are the batch of the convolution. That takes a copy where units have several.
-            image, across = (self._per_unit(x).transpose(0, 1).flatten(1, 2) for x in (image, grads))
-            rows = self._weight_gradient(image, across, self.num_units)
+            rows = self._weight_gradient(self._side_by_side(image), self._side_by_side(grads), self.num_units)
         else:
             per_unit = zip(self._per_unit(image), self._per_unit(grads), strict=True)
-            rows = torch.stack([self._weight_gradient(a, g, 1) for a, g in per_unit])
-        return rows.view(self.num_units, grads.shape[1], -1)
+            rows = torch.cat([self._weight_gradient(a, g, 1) for a, g in per_unit])
+        return rows[:, :num_out].flatten(2)
+
+    def _side_by_side(self, events: Float[Tensor, "event channel *size"]) -> Float[Tensor, "member channel2 *size"]:
+        """Lay the units side by side as groups of channels, filled up to what runs fast."""
+        num_channels, sizes = events.shape[1], events.shape[2:]
+        if self.layer.groups == 1 and num_channels % _CHANNELS:
+            events = F.pad(events, [0, 0] * len(sizes) + [0, -num_channels % _CHANNELS])
+        if events.shape[0] > self.num_units:
+            events = self._per_unit(events).transpose(0, 1)
+        return events.reshape(-1, self.num_units * events.shape[-1 - len(sizes)], *sizes)
 
     def _weight_gradient(
-        self, image: Float[Tensor, "batch in *size"], grads: Float[Tensor, "batch out *size2"], num_units: int
-    ) -> Float[Tensor, "out inner *kernel"]:
+        self, image: Float[Tensor, "batch unit_in *size"], grads: Float[Tensor, "batch unit_out *size2"], num_units: int
+    ) -> Float[Tensor, "unit out inner *kernel"]:
         groups = num_units * self.layer.groups
         # Only the shape of the weight is looked at.
-        weight = image.new_empty(()).expand(grads.shape[1], *self.layer.weight.shape[1:])
-        return _BACKWARD(
+        weight = image.new_empty(()).expand(grads.shape[1], image.shape[1] // groups, *self._kernel)
+        rows = _BACKWARD(
             grads.contiguous(),
             image.contiguous(),
             weight,
@@ -156,14 +183,15 @@ class ConvFactors(MatrixLayerFactors):
             groups,
             [False, True, False],  # of input, weight, bias
         )[1]
+        return rows.unflatten(0, (num_units, -1))[:, :, : self.layer.weight.shape[1]]
 
     @property
     def _gathers(self) -> bool:
-        """Whether gradients are made of patches: on a GPU always, on a CPU where they are fewer numbers than these."""
-        ((_, grads), *_) = self._factors
+        """Whether gradients are made of patches: on a GPU always, on a CPU where a unit has few positions."""
         if self.layer.groups > 1:
             return False
-        return grads.device.type != "cpu" or self._is_pointwise or len(self.layer.weight) > grads[0, 0].numel()
+        few = self.positions < self.layer.weight.shape[0] * len(self.calls)
+        return few or self._is_pointwise or self.calls[0][0].device.type != "cpu"
 
     @cached_property
     def _is_pointwise(self) -> bool:
@@ -180,7 +208,7 @@ class ConvFactors(MatrixLayerFactors):
         axes = zip(image.shape[2:], self._kernel, grads.shape[2:], self.layer.stride, self.layer.dilation, strict=True)
         seen = _pixels_seen(tuple(axes), image.device)
         gathered = image.flatten(2).gather(2, seen.expand(*image.shape[:2], -1))
-        return gathered.view(len(image), -1, grads[0, 0].numel())
+        return gathered.view(image.shape[0], seen.shape[0] // prod(grads.shape[2:]) * image.shape[1], -1)
 
     def _padded(self, image: Float[Tensor, "event in *size"]) -> Float[Tensor, "event in *padded"]:
         """Add what the convolution itself would pad with."""
@@ -190,31 +218,39 @@ class ConvFactors(MatrixLayerFactors):
 
     def _gather(self, call: int, grads: Float[Tensor, "event out *size2"]) -> Float[Tensor, "unit out inner"]:
         """Multiply patches, on a GPU of as many units as fit into memory."""
-        num_events, num_out, num_positions = grads.flatten(2).shape
-        num_inner, members = self.layer.weight[0].numel(), num_events // self.num_units
-        numbers = num_inner * num_positions * members
-        at_once = num_events if grads.device.type == "cpu" else max(1, numbers_at_once(grads.device) // numbers)
-        rows = grads.new_empty(self.num_units, num_out, num_inner)
+        out, members = grads.flatten(2), grads.shape[0] // self.num_units
+        num_inner = prod(self.layer.weight.shape[1:])
+        at_once = max(1, numbers_at_once(grads.device) // (num_inner * out.shape[2] * members))
+        if grads.device.type == "cpu" or at_once >= self.num_units:
+            return self._multiply(out, self._all_patches(call))
+        image, rows = self._factors[call][0], grads.new_empty(self.num_units, out.shape[1], num_inner)
         for start in range(0, self.num_units, at_once):
             units = slice(start, min(start + at_once, self.num_units))
             events = slice(units.start * members, units.stop * members)
-            out, seen = grads[events].flatten(2), self._patches_of(call, events)
-            if members > 1 and num_out * num_inner > (num_out + num_inner) * num_positions:
-                # Fewer numbers are copied if the positions of all members are taken as one.
-                out, seen = (x.unflatten(0, (-1, members)).transpose(1, 2).flatten(2) for x in (out, seen))
-            if len(out) == units.stop - units.start:
-                torch.bmm(out, seen.mT, out=rows[units])
-            else:
-                torch.sum((out @ seen.mT).unflatten(0, (-1, members)), 1, out=rows[units])
+            self._multiply(out[events], self._patches(image[events], grads), into=rows[units])
         return rows
 
-    def _patches_of(self, call: int, events: slice) -> Float[Tensor, "event inner position"]:
-        """Gather patches of some events; those of all are kept, for the next outputs."""
-        image, grads = self._factors[call]
-        if events != slice(0, len(image)):
-            return self._patches(image[events], grads)
+    def _multiply(
+        self,
+        out: Float[Tensor, "event out position"],
+        seen: Float[Tensor, "event inner position"],
+        into: Float[Tensor, "unit out inner"] | None = None,
+    ) -> Float[Tensor, "unit out inner"]:
+        """Multiply output gradients with patches, and add up the members of each unit."""
+        members = self.calls[0][0].shape[0] // self.num_units
+        if members == 1:
+            return torch.bmm(out, seen.mT, out=into)
+        (num_out, num_positions), num_inner = out.shape[1:], seen.shape[1]
+        if num_out * num_inner > (num_out + num_inner) * num_positions:
+            # Fewer numbers are copied if the positions of all members are taken as one.
+            out, seen = (x.unflatten(0, (-1, members)).transpose(1, 2).flatten(2) for x in (out, seen))
+            return torch.bmm(out, seen.mT, out=into)
+        return torch.sum((out @ seen.mT).unflatten(0, (-1, members)), 1, out=into)
+
+    def _all_patches(self, call: int) -> Float[Tensor, "event inner position"]:
+        """Gather the patches of all events, once for all outputs."""
         if call not in self._kept_patches:
-            self._kept_patches[call] = self._patches(image, grads)
+            self._kept_patches[call] = self._patches(*self._factors[call])
         return self._kept_patches[call]
 
     @cached_property

@@ -49,6 +49,8 @@ class CoveredLayer:
     names: dict[str, str]
     """The chosen parameters, from the layer's own name to that in the model."""
     replayed: bool
+    wanted: tuple[str, ...] = ()
+    """What the kind can use of the layer's own node in autograd's graph."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def find_coverage(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> C
         if not alone:
             continue
         if type(module) in LAYER_KINDS and alone.keys() <= {"weight", "bias"}:
-            coverage.layers[module] = CoveredLayer(LAYER_KINDS[type(module)], alone, replayed=False)
+            kind = LAYER_KINDS[type(module)]
+            coverage.layers[module] = CoveredLayer(kind, alone, replayed=False, wanted=kind.wanted)
         elif _can_be_replayed(module, names, chosen):
             coverage.layers[module] = CoveredLayer(partial(ReplayedFactors, names=list(alone)), alone, replayed=True)
         else:

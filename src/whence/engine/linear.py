@@ -2,6 +2,7 @@
 
 from functools import cached_property
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,11 +17,13 @@ class LinearFactors(MatrixLayerFactors):
 
     def weight_rows(self, outputs: slice) -> Float[Tensor, "unit out inner"]:
         """Multiply output gradients with inputs, and add up the calls."""
-        return add_up(g[:, :, outputs].mT @ a for a, g in self._factors)
+        if outputs == slice(0, self.layer.out_features):
+            return add_up([torch.bmm(g.mT, a) for a, g in self._factors])
+        return add_up([torch.bmm(g[:, :, outputs].mT, a) for a, g in self._factors])
 
     def bias(self) -> Float[Tensor, "unit out"]:
         """Add up the output gradients over positions and calls."""
-        return add_up(g.sum(1) for _, g in self._factors)
+        return add_up([g.sum(1) for _, g in self._factors])
 
     def gram_norm_squared(self) -> Float[Tensor, " unit"]:
         """Compare all pairs of positions."""

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from whence.engine._base import AbstractLayerFactors, add_up
+from whence.engine._base import AbstractLayerFactors, Call, add_up
 
 _BACKWARD = torch.ops.aten.native_group_norm_backward.default
 
@@ -18,21 +18,25 @@ class GroupNormFactors(AbstractLayerFactors):
     """Gradients of an ``nn.GroupNorm``, whose channels are on the second axis."""
 
     layer: nn.GroupNorm
+    wanted = ("_saved_result1", "_saved_result2")  # mean and scale
 
     def materialise(self) -> dict[str, Float[Tensor, "unit channel"]]:
         """Run the layer's own backward pass as if the channels of all events were those of one event."""
-        weights, biases = zip(*(self._of_call(a, g) for a, g in self.calls), strict=True)
+        weights, biases = zip(*map(self._of_call, self.calls, self.saved), strict=True)
         return {"weight": add_up(weights), "bias": add_up(biases)}
 
     def _of_call(
-        self, inputs: Float[Tensor, "event channel *position"], grads: Float[Tensor, "event channel *position"]
+        self, call: Call, saved: tuple[Tensor, ...] | None
     ) -> tuple[Float[Tensor, "unit channel"], Float[Tensor, "unit channel"]]:
+        inputs, grads = call
         num_events, num_channels = inputs.shape[:2]
         num_positions, groups = inputs.numel() // (num_events * num_channels), self.layer.num_groups
         inputs, grads = inputs.contiguous(), grads.contiguous()
-        _, mean, scale = torch.native_group_norm(
-            inputs, None, None, num_events, num_channels, num_positions, groups, self.layer.eps
-        )
+        if saved is not None and saved[0].dtype == inputs.dtype:
+            mean, scale = saved
+        else:
+            sizes = (num_events, num_channels, num_positions, groups)
+            _, mean, scale = torch.native_group_norm(inputs, None, None, *sizes, self.layer.eps)
         flat = (1, num_events * num_channels, num_positions)
         _, weight, bias = _BACKWARD(
             grads.view(flat),

@@ -1,6 +1,6 @@
 """Sinks: what is wanted of the per-unit gradients of a backward pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,10 @@ from whence.projections import AbstractProjection
 
 _SMALL = 1024
 """Numbers of a parameter whose gradients are kept back to be used up with others: biases, scales, shifts."""
+_NUMBERS_PER_CALL = 2**14
+"""Numbers that are copied in the time of a call: a product of matrices and what goes before it."""
+_SUMMED = 2**12
+"""Numbers over which a product is taken at once: over some hundred thousand it is off by 1e-5 in float32."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,25 @@ class Layout:
         """Count the numbers of a parameter."""
         return self.spans[name].stop - self.spans[name].start
 
+    def runs(self, names: Iterable[str]) -> list[tuple[list[str], slice]]:
+        """Find the parameters among some that lie end to end.
+
+        Args:
+            names: Of parameters, in any order.
+
+        Returns:
+            The names in each run, in the order of the layout, and where it lies.
+        """
+        found: list[tuple[list[str], slice]] = []
+        for name in sorted(names, key=lambda name: self.spans[name].start):
+            span = self.spans[name]
+            if found and found[-1][1].stop == span.start:
+                run, before = found.pop()
+                found.append(([*run, name], slice(before.start, span.stop)))
+            else:
+                found.append(([name], span))
+        return found
+
 
 class GatherSink(AbstractSink):
     """Collects whole gradients, one row a unit, and the lengths of groups of consecutive units.
@@ -47,14 +70,22 @@ class GatherSink(AbstractSink):
 
     def __init__(self, layout: Layout, rows: Float[Tensor, "unit param"], units_per_group: int = 1):
         self.layout = layout
-        self.rows = rows.zero_()  # a parameter that the output does not use is never handed over
+        self.rows = rows
         self.units_per_group = units_per_group
+        self._unused = set(layout.spans)
 
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Put one layer's part in its place."""
         for own, span, gradients in factors.pieces(names):
             start = self.layout.spans[names[own]].start
             self.rows[:, start + span.start : start + span.stop] = gradients
+        self._unused.difference_update(names.values())
+
+    def finish(self) -> None:
+        """Put zeros where a parameter was never handed over, as the output does not use it."""
+        for name in self._unused:
+            self.rows[:, self.layout.spans[name]] = 0
+        self._unused = set(self.layout.spans)
 
     @property
     def unit_norm_squared(self) -> Float64[Tensor, " unit"]:
@@ -87,10 +118,13 @@ class _SmallParameters:
         self, factors: AbstractLayerFactors, names: dict[str, str], num_numbers: Callable[[str], int]
     ) -> dict[str, str]:
         """Keep the small ones of a layer, and return the names of the others."""
-        large = {own: name for own, name in names.items() if num_numbers(name) > _SMALL}
-        for own in [own for own in names if own not in large]:
+        large = {}
+        for own, name in names.items():
+            if num_numbers(name) > _SMALL:
+                large[own] = name
+                continue
             flat = factors.gradient(own).flatten(1)
-            self._kept[names[own]] = flat
+            self._kept[name] = flat
             self._num_kept += flat.numel()
             if self._num_kept > numbers_at_once(flat.device):
                 self.use_up()
@@ -132,8 +166,18 @@ class DotSink(AbstractSink):
 
     def _add_flat(self, names: list[str], flat: Float[Tensor, "unit number"]) -> None:
         self.norm_squared += squared_lengths(flat)
-        if len(self.vectors):
-            self.dots += flat @ torch.cat([self._vectors(name) for name in names], dim=1).T
+        if not len(self.vectors):
+            return
+        runs = self.layout.runs(names)
+        if len(self.vectors) * flat.shape[1] > len(runs) * _NUMBERS_PER_CALL:
+            # To bring gradients into the order of so many vectors is less work than the other way round.
+            of = dict(zip(names, flat.split([self.layout.num_numbers(name) for name in names], dim=1), strict=True))
+            parts = [(torch.cat([of[name] for name in run], dim=1), self.vectors[:, span]) for run, span in runs]
+        else:
+            parts = [(flat, torch.cat([self._vectors(name) for name in names], dim=1))]
+        for gradients, vectors in parts:
+            for few, of_vectors in zip(gradients.split(_SUMMED, dim=1), vectors.split(_SUMMED, dim=1), strict=True):
+                self.dots += few @ of_vectors.T
 
     def _vectors(self, name: str) -> Float[Tensor, "vector number"]:
         return self.vectors[:, self.layout.spans[name]]
@@ -151,6 +195,8 @@ class ProjectSink(AbstractSink):
     def __init__(self, projection: AbstractProjection, rows: Float[Tensor, "unit width"], *, with_norms: bool = True):
         self.projection = projection
         self.rows = rows.zero_()
+        is_open = projection.open_width > projection.width
+        self._opened = rows.new_zeros(len(rows), projection.open_width) if is_open else self.rows
         self.with_norms = with_norms
         self.norm_squared: Float64[Tensor, " unit"] = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         self._small = _SmallParameters(self._add_flat)
@@ -159,15 +205,17 @@ class ProjectSink(AbstractSink):
         """Add one layer's part."""
         names = self._small.keep(factors, names, self.projection.num_numbers)
         if names:
-            norm_squared = factors.project(self.projection, names, self.rows, with_norms=self.with_norms)
+            norm_squared = factors.project(self.projection, names, self._opened, with_norms=self.with_norms)
             if self.with_norms:
                 self.norm_squared += norm_squared
 
     def finish(self) -> None:
-        """Add the small parameters' part."""
+        """Add the small parameters' part, and give the rows their width."""
         self._small.use_up()
+        if self._opened is not self.rows:
+            self.projection.close(self._opened, self.rows)
 
     def _add_flat(self, names: list[str], flat: Float[Tensor, "unit number"]) -> None:
-        self.projection.add_flat(self.rows, names, flat)
+        self.projection.add_flat(self._opened, names, flat)
         if self.with_norms:
             self.norm_squared += squared_lengths(flat)

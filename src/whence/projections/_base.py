@@ -116,14 +116,17 @@ class AbstractProjection(ABC):
     def __init__(self, space: Space, width: int):
         self.space = space
         self.width = width
+        self.open_width = width
+        """Numbers in an open row, to which parts may be added at less cost until :meth:`close` makes a row of it."""
         self._sides: dict[str, Sides | None] = {}
         self._num_numbers = {name: math.prod(shape) for name, shape in space.shapes.items()}
+        self._num_left = {name: space.num_left(name) for name in space.shapes}
 
     def add(self, rows: Float[Tensor, "unit width"], name: str, gradients: Float[Tensor, "unit *shape"]) -> None:
         """Add the projection of one parameter's gradients to rows, in place.
 
         Args:
-            rows: What other parameters have added so far, or zeros.
+            rows: What other parameters have added so far, or zeros; open rows are :attr:`open_width` wide.
             name: The parameter.
             gradients: Its whole gradient for each unit.
 
@@ -134,7 +137,7 @@ class AbstractProjection(ABC):
         self._check_shapes(rows, name, gradients, self.space.shapes[name])
         gradients, sides = gradients.to(self.space.dtype), self.sides(name)
         left = gradients if sides is None else sides.core(gradients)
-        self._add_flat(rows, name, left.reshape(len(left), self.space.num_left(name)))
+        self._add_flat(rows, name, left.reshape(left.shape[0], self._num_left[name]))
 
     def add_flat(
         self, rows: Float[Tensor, "unit width"], names: Sequence[str], flat: Float[Tensor, "unit number"]
@@ -142,6 +145,12 @@ class AbstractProjection(ABC):
         """Add what :meth:`add` would for the gradients of several parameters, flattened and side by side."""
         for name, gradients in zip(names, flat.split([self.num_numbers(name) for name in names], dim=1), strict=True):
             self.add(rows, name, gradients.unflatten(1, self.space.shapes[canonical_name(name)]))
+
+    def close(self, opened: Float[Tensor, "unit place"], rows: Float[Tensor, "unit width"]) -> None:
+        """Add open rows to rows, and make them zeros."""
+        for start in range(0, self.open_width, self.width):  # what lies beyond the end goes on from the beginning
+            rows += opened[:, start : start + self.width]
+        opened.zero_()
 
     def num_numbers(self, name: str) -> int:
         """Count the numbers of a parameter.
@@ -177,7 +186,7 @@ class AbstractProjection(ABC):
         if shape is None:
             raise ConfigError(f"{name} has no sides in this projection, and so no core. Add its whole gradients.")
         self._check_shapes(rows, name, core, shape)
-        self._add_flat(rows, name, core.to(self.space.dtype).reshape(len(core), self.space.num_left(name)))
+        self._add_flat(rows, name, core.to(self.space.dtype).reshape(core.shape[0], self._num_left[name]))
 
     @abstractmethod
     def _add_flat(self, rows: Float[Tensor, "unit width"], name: str, flat: Float[Tensor, "unit number"]) -> None:
@@ -212,7 +221,7 @@ class AbstractProjection(ABC):
                 f"What is added for {name} must have the shape {shape} for each unit; found "
                 f"{tuple(values.shape[1:])}. Add what belongs to the model that the projection was made for."
             )
-        if rows.shape != (len(values), self.width):
+        if rows.shape[0] != values.shape[0] or rows.shape[1] not in (self.width, self.open_width):
             raise ConfigError(
                 f"The rows of {len(values)} units must have the shape {(len(values), self.width)}; found "
                 f"{tuple(rows.shape)}. Make them as wide as the projection."

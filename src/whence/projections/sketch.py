@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +47,8 @@ class SketchProjection(AbstractProjection):
     def __init__(self, space: Space, width: int):
         super().__init__(space, width)
         self._sketch = FoldSketch(space)
+        if space.device.type == "cpu":  # where each call has its price and there is nothing to gather
+            self.open_width = 2 * width
 
     def add_flat(
         self, rows: Float[Tensor, "unit width"], names: Sequence[str], flat: Float[Tensor, "unit number"]
@@ -57,10 +60,20 @@ class SketchProjection(AbstractProjection):
         else:
             counts = {canonical_name(name): self.num_numbers(name) for name in names}
             self._check_shapes(rows, ", ".join(names), flat, (sum(counts.values()),))
-            self._sketch.add_together(rows, counts, flat.to(self.space.dtype))
+            self._sketch.add_together(rows, counts, flat.to(self.space.dtype), self.width)
 
     def _add_flat(self, rows: Float[Tensor, "unit width"], name: str, flat: Float[Tensor, "unit number"]) -> None:
-        self._sketch.add(rows, name, flat)
+        self._sketch.add(rows, name, flat, self.width)
+
+
+class _Stretch(NamedTuple):
+    """A part of a fold that falls on consecutive places."""
+
+    fold: int
+    start: int
+    """First place in the rows."""
+    length: int
+    signs: Float[Tensor, " number"]
 
 
 @dataclass(frozen=True)
@@ -72,15 +85,22 @@ class _Folds:
     width: int
 
     @cached_property
-    def stretches(self) -> list[tuple[int, slice, Float[Tensor, " number"]]]:
-        """Cut each fold in two, up to the end of the rows and on from their beginning: fold, place, signs."""
-        found, count = [], len(self.signs)
-        for fold, start in enumerate(self.shifts.tolist()):
-            first, last = fold * self.width, min((fold + 1) * self.width, count)
-            turn = min(first + self.width - start, last)
-            found.append((fold, slice(start, start + turn - first), self.signs[first:turn]))
-            if turn < last:
-                found.append((fold, slice(0, last - turn), self.signs[turn:last]))
+    def whole(self) -> list[_Stretch]:
+        """Give the folds as they lie in open rows, where none is cut."""
+        firsts = range(0, len(self.signs), self.width)
+        parts = [self.signs[first : first + self.width] for first in firsts]
+        starts = self.shifts.tolist()
+        return [_Stretch(k, start, len(part), part) for k, (start, part) in enumerate(zip(starts, parts, strict=True))]
+
+    @cached_property
+    def stretches(self) -> list[_Stretch]:
+        """Cut each fold in two, up to the end of the rows and on from their beginning."""
+        found = []
+        for fold, start, count, its_signs in self.whole:
+            turn = min(self.width - start, count)
+            found.append(_Stretch(fold, start, turn, its_signs[:turn]))
+            if turn < count:
+                found.append(_Stretch(fold, 0, count - turn, its_signs[turn:]))
         return found
 
     def places(self) -> Int64[Tensor, " number"]:
@@ -97,28 +117,39 @@ class FoldSketch:
         self._tables: dict[str, _Folds] = {}
         self._places: dict[tuple[str, ...], tuple[Float[Tensor, " number"], Int64[Tensor, " number"]]] = {}
 
-    def add(self, rows: Float[Tensor, "unit width"], name: str, flat: Float[Tensor, "unit number"]) -> None:
-        """Add the sketch of a parameter's numbers; for one parameter, ``rows`` always have the same width."""
-        width = rows.shape[1]
+    def add(self, rows: Float[Tensor, "unit place"], name: str, flat: Float[Tensor, "unit number"], width: int) -> None:
+        """Add the sketch of a parameter's numbers.
+
+        Args:
+            rows: What is added to; open rows are twice as wide as the sketch.
+            name: The parameter.
+            flat: Its numbers.
+            width: Width of the sketch, for one parameter always the same.
+        """
         folds = self._folds(name, flat.shape[1], width)
-        num_gathered = flat.shape[1] // width
-        if num_gathered <= _FOLDS_IN_TURN.get(rows.device.type, _FOLDS_IN_TURN_ELSEWHERE):
-            num_gathered = 0
-        at_once = max(1, _GATHERED_AT_ONCE // max(1, rows.numel()))
-        for first in range(0, num_gathered, at_once):
-            _add_whole_folds(rows, flat, folds, slice(first, min(first + at_once, num_gathered)))
-        stretches = [(place, their_signs) for fold, place, their_signs in folds.stretches if fold >= num_gathered]
-        parts = flat[:, num_gathered * width :].split([len(their_signs) for _, their_signs in stretches], dim=1)
-        for (place, their_signs), part in zip(stretches, parts, strict=True):
-            rows[:, place].addcmul_(part, their_signs)
+        is_open = rows.shape[1] > width
+        stretches, num_gathered = folds.whole if is_open else folds.stretches, flat.shape[1] // width
+        if not is_open and num_gathered > _FOLDS_IN_TURN.get(rows.device.type, _FOLDS_IN_TURN_ELSEWHERE):
+            at_once = max(1, _GATHERED_AT_ONCE // max(1, rows.numel()))
+            for first in range(0, num_gathered, at_once):
+                _add_whole_folds(rows, flat, folds, slice(first, min(first + at_once, num_gathered)))
+            stretches = [stretch for stretch in stretches if stretch.fold >= num_gathered]
+            flat = flat[:, num_gathered * width :]
+        parts = flat.split_with_sizes([stretch.length for stretch in stretches], dim=1)
+        for stretch, part in zip(stretches, parts, strict=True):
+            rows.narrow(1, stretch.start, stretch.length).addcmul_(part, stretch.signs)
 
     def add_together(
-        self, rows: Float[Tensor, "unit width"], counts: Mapping[str, int], flat: Float[Tensor, "unit number"]
+        self,
+        rows: Float[Tensor, "unit place"],
+        counts: Mapping[str, int],
+        flat: Float[Tensor, "unit number"],
+        width: int,
     ) -> None:
         """Add the sketches of several parameters, whose numbers lie side by side: for many small ones."""
         key = tuple(counts)
         if key not in self._places:
-            tables = [self._folds(name, count, rows.shape[1]) for name, count in counts.items()]
+            tables = [self._folds(name, count, width) for name, count in counts.items()]
             places = torch.cat([folds.places() for folds in tables])
             self._places[key] = torch.cat([folds.signs for folds in tables]), places
         signs_of_all, places = self._places[key]

@@ -26,6 +26,6 @@ class SpanProjection(AbstractProjection):
     def _add_flat(self, rows: Float[Tensor, "unit width"], name: str, flat: Float[Tensor, "unit number"]) -> None:
         span = rows[:, self._spans[name]]
         if span.shape[1] < flat.shape[1]:
-            self._sketch.add(span, name, flat)
+            self._sketch.add(span, name, flat, span.shape[1])
         else:
             span += flat
