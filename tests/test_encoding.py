@@ -23,6 +23,7 @@ from whence.event_table import make_batch
 from whence.methods import GradientPlan, Grid, Trajectory, method_by_name
 from whence.opening import open_run
 from whence.pipeline_encoder import PipelineEncoder
+from whence.record import SCHEMA, Record, Visits
 
 CAPTIONS = ("a cat", "a dog", "a cat", "red car")
 
@@ -388,3 +389,15 @@ def test_a_scheduler_of_another_kind_of_model_is_refused(pipelines: Path, tmp_pa
     run = open_tiny(tmp_path, "wrong", tmp_path / "out")
     with pytest.raises(UnsupportedModelError, match="SD3Transformer2DModel is trained by flow matching; .* epsilon"):
         run.subject.source(run.checkpoints[-1], _settings())
+
+
+def test_an_instance_prompt_on_record_is_told_of_every_training_image(pipelines: Path, tmp_path: Path):
+    """As DreamBooth does, which reads no captions; queries keep theirs."""
+    run = open_tiny(pipelines, "sd", tmp_path / "out")
+    config = {"instance_prompt": "a photo of sks dog", "caption_column": None}
+    table = SCHEMA.empty_table()
+    run.__dict__["record"] = Record(
+        tmp_path, {"config": config}, (), Visits.from_table(table), Visits.from_table(table)
+    )
+    assert set(run.train_images.encoding.conditions.texts) == {"", "a photo of sks dog"}
+    assert run.open_queries(make_images().select([1])).encoding.conditions.texts == ("", "a dog")

@@ -58,7 +58,10 @@ class RunFolder:
     @cached_property
     def train_images(self) -> ImageData:
         """The training images, encoded where the network sees latents or is told conditions."""
-        return self._encoded(self.opened_images)
+        images = self.opened_images
+        if self.encoding is not None and self.encoding.one_caption:
+            images = replace(images, captions=None)
+        return self._encoded(images)
 
     @cached_property
     def opened_images(self) -> ImageData:

@@ -42,6 +42,8 @@ class Encoding:
     """What conditions are made of: ``captions``, ``labels``, or None for an unconditional network."""
     caption: str | None = None
     """Caption of images without one."""
+    one_caption: bool = False
+    """Whether training told that caption of every image, whatever stands beside it."""
     mirrored: bool = False
     """Whether training mirrored images before they were encoded."""
     drawn: bool = False
@@ -186,7 +188,20 @@ def find_encoding(
         return None
     flips = record is not None and bool(record.visits.flip.any() or record.probes.flip.any())
     drawn = record is not None and record.manifest.get("latents") == "sample"
-    return Encoding(encoder, reads, settings.caption, encoder.has_vae and flips, encoder.has_vae and drawn)
+    return Encoding(
+        encoder,
+        reads,
+        settings.caption,
+        one_caption=reads == "captions" and _told_one_caption(record),
+        mirrored=encoder.has_vae and flips,
+        drawn=encoder.has_vae and drawn,
+    )
+
+
+def _told_one_caption(record: Record | None) -> bool:
+    """Tell a training of DreamBooth that read no captions."""
+    config = {} if record is None else record.manifest["config"]
+    return config.get("instance_prompt") is not None and config.get("caption_column") is None
 
 
 def _need_pipeline(
