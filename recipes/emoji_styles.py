@@ -11,7 +11,9 @@ chance) and by name (3 or 4 of 140).
 Each run is a folder and goes on where it was left; ``--runs words-0`` makes single ones, so that several processes or
 machines share the work. Without ``--runs`` the table over all is written to ``table.md`` beside them.
 
-Hardware: two CPU cores. What it took and what came out stands in docs/results/demo_text.md.
+Hardware: two CPU cores, about six minutes of one core for each of the four runs. To be expected: D-TRAK at 0.53 (style)
+and 0.27 (name) for the conditional model and held-out pictures, 0.38 and 0.18 for the unconditional one; TracIn, ReTrac
+and grad-cos at 0.28 to 0.38 and 0.04 to 0.12. All of it stands in docs/results/demo_text.md.
 """
 
 import argparse
