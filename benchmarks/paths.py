@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.data import ImageData
+from whence.diffusion.adapters import ADAPTERS
 from whence.diffusion.process import NoiseProcess
 from whence.engine._base import numbers_at_once
 from whence.engine.capture import AbstractSink, Capture
@@ -156,7 +157,7 @@ def query_side(case: Case) -> Prepared:
     source = GradientSource(case.model, process, "mse", batch_size, "the benchmark")
     noisy, timesteps, target = case.query_batch.tensors()
     weight = torch.ones(batch_size, device=noisy.device)
-    batch = EventBatch(noisy, noisy, noisy, target, timesteps, weight, weight)
+    batch = EventBatch(noisy, noisy, noisy, target, timesteps, timesteps, {}, weight, weight)
     grid = Grid(timesteps=QUERY_BATCHES * batch_size // DRAWS, draws=DRAWS)
 
     def run() -> None:

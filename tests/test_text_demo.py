@@ -17,7 +17,7 @@ from whence.text_demo import HELD_OUT, PROMPTS, TRAIN, factor_table, factors_of,
 def test_bundled_images_are_all_pairs_without_the_held_out_ones():
     train, held_out = open_images(TRAIN), open_images(HELD_OUT)
     assert train.captions is not None and held_out.captions is not None
-    pairs, others = ([read_caption(caption) for caption in images.captions] for images in (train, held_out))
+    pairs, others = ([read_caption(one) for one in captions] for captions in (train.captions, held_out.captions))
     assert len(set(pairs) | set(others)) == 160 == len(pairs) + len(others)
     assert [style for _, style in pairs] == list(train.labels or ())
     assert {name for name, _ in others} <= {name for name, _ in pairs}
@@ -71,7 +71,12 @@ def test_the_demo_runs_and_shows_prompts_and_captions(tmp_path, monkeypatch):
     for prompt in PROMPTS[-2:]:
         assert f">{prompt}</h3>" in text  # the prompt is the title of its query
     assert '<span class="caption">' in text
-    assert [row[0] for row in table["rows"]] == [*text_demo.METHODS, "chance", "best possible"]
+    assert [row[0] for row in table["rows"]] == [
+        "d-trak",
+        *text_demo.METHODS,
+        "chance",
+        "best possible",
+    ]
     assert {row.verdict for row in run.check()} == {"passed"}
     again = text_demo.run_text_demo(folder, show_progress=False)
     assert again[2] == table

@@ -150,6 +150,18 @@ def test_captions_are_withheld_by_key_and_the_record_replays(kind, request):
     assert {row.verdict for row in run.check()} == {"passed"}
 
 
+def test_an_altered_withholding_far_from_any_checkpoint_fails_the_check_of_keys(words_run):
+    from whence.replay_check import check_run
+
+    record = words_run.record
+    dropped = record.visits.condition_dropped.copy()
+    dropped[1] = ~dropped[1]
+    record = replace(record, visits=replace(record.visits, condition_dropped=dropped))
+    found = check_run(replace(words_run.subject, record=record))
+    assert [row.verdict for row in found] == ["failed", *["passed"] * (len(found) - 1)]
+    assert "step 1, " in found[0].detail and "withheld caption or label" in found[0].detail
+
+
 @pytest.mark.parametrize("column", ["captions", "withheld"])
 def test_other_captions_or_withheld_ones_fail_the_replay(words_run, column):
     record, train = words_run.record, words_run.train_images

@@ -530,6 +530,7 @@ class Run(RunFolder):
         planted: str | None = None,
         notes: Sequence[str] = (),
         summary: Mapping[str, Any] | None = None,
+        scores: Sequence[Scores] = (),
         k: int = 10,
     ) -> Path:
         """Write ``report/index.html`` about what was traced last.
@@ -540,12 +541,19 @@ class Run(RunFolder):
                 and into ``evaluation/retrieval.json``.
             notes: Lines to put below that table.
             summary: Another table to put on top, as :func:`whence.report.write_report` takes it.
+            scores: What to show, of ``queries``. Default: what was traced last.
             k: Images in each ranking.
 
         Returns:
             The page.
+
+        Raises:
+            ConfigError: If scores come without their queries.
         """
-        scores, opened, settings = self.load_scores(queries)
+        if scores and queries is None:
+            raise ConfigError("Scores that are given need their queries too, as opened images.")
+        latest, opened, settings = (scores, queries, {}) if scores and queries else self.load_scores(queries)
+        scores = list(latest)
         table, shown = None, scores
         if planted is not None or summary is not None:
             # What needs no model is in the table for comparison; its rankings would only lengthen the page.

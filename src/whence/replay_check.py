@@ -16,7 +16,7 @@ from torch import nn
 
 from whence.checkpoints import Checkpoint, check_files, load_model
 from whence.diffusion.adapters import check_model, predict
-from whence.diffusion.noise import drawn_flip
+from whence.diffusion.noise import drawn_flip, is_withheld
 from whence.diffusion.objectives import sample_loss
 from whence.diffusion.process import NoiseProcess
 from whence.event_table import make_batch
@@ -66,6 +66,7 @@ def check_run(subject: Subject, *, device: str = "cpu") -> list[CheckRow]:
 def _check_keys(record: Record, process: NoiseProcess) -> CheckRow:
     faults = []
     seed, drawn_by_key = record.manifest["seed"], bool(record.visits.flip.any())
+    dropout = _caption_dropout(record)
     for visits in (record.visits, record.probes):
         seen: Counter[tuple[int, int, str]] = Counter()
         for i in range(len(visits)):
@@ -78,10 +79,19 @@ def _check_keys(record: Record, process: NoiseProcess) -> CheckRow:
                 faults.append(f"step {step}, {sample_id}: key or timestep")
             elif drawn_by_key and bool(visits.flip[i]) != drawn_flip(key):
                 faults.append(f"step {step}, {sample_id}: flip")
+            elif dropout is not None and bool(visits.condition_dropped[i]) != is_withheld(key, dropout):
+                faults.append(f"step {step}, {sample_id}: withheld caption or label")
     checked = len(record.visits) + len(record.probes)
     if faults:
         return CheckRow("keys", "failed", checked, f"{len(faults)} visits differ, for example {'; '.join(faults[:3])}")
     return CheckRow("keys", "passed", checked, "every key, timestep and flip follows from seed, step and id")
+
+
+def _caption_dropout(record: Record) -> float | None:
+    """Share of visits whose caption ``whence train`` withheld; None where others trained, in their own way."""
+    config = record.manifest["config"]
+    model = config.get("model")
+    return config.get("caption_dropout") if isinstance(model, dict) and "condition" in model else None
 
 
 def _replay(subject: Subject, checkpoint: Checkpoint, device: str) -> CheckRow:

@@ -14,7 +14,7 @@ from jaxtyping import Bool
 from numpy import ndarray
 
 from whence._files import write_json
-from whence.config import DataSettings, LossName, ModelSettings, TraceSettings, TrainingSettings
+from whence.config import DataSettings, IndexSettings, LossName, ModelSettings, TraceSettings, TrainingSettings
 from whence.data import ImageData
 from whence.demo import claim_folder
 from whence.errors import DataError
@@ -35,6 +35,9 @@ MODEL = ModelSettings(
 )
 TRACE = TraceSettings(timesteps=10, draws=4)
 METHODS = ("tracin", "retrac", "grad-cos", "pixels", "random")
+INDEX = IndexSettings(grid=True, checkpoints="last", output="squares")
+"""The store that STORED_METHODS need."""
+STORED_METHODS = ("d-trak",)
 PROMPTS = (
     "hamburger, twemoji style",
     "red heart, fluent style",
@@ -92,18 +95,35 @@ def run_text_demo(
         show_progress=show_progress,
     )
     drawn = run.sample(1, prompts=PROMPTS, show_progress=show_progress)
-    scores = run.trace([drawn, HELD_OUT], METHODS, TRACE, show_progress=show_progress)
+    scores = score(run, [drawn, HELD_OUT], show_progress=show_progress)
     queries = run.open_queries([drawn, HELD_OUT])
-    table = factor_table(list(scores.values()), run.train_images, queries)
+    table = factor_table(scores, run.train_images, queries)
     table["notes"].append(
         f"The model saw images of {DATA.resolution} x {DATA.resolution} pixels. The first {len(PROMPTS)} queries were "
         "drawn by it for the prompt that is their title; the others are pictures that it has never seen. "
-        f"Each was taken at {TRACE.timesteps} timesteps x {TRACE.draws} draws; the default of "
-        "whence trace is 100 x 16."
+        f"TracIn and ReTrac took each at {TRACE.timesteps} timesteps x {TRACE.draws} draws; the default of whence "
+        "trace is 100 x 16."
     )
-    page = run.report(summary=table)
+    page = run.report(scores=scores, queries=queries, summary=table)
     write_json(folder / "evaluation" / "factors.json", table)
     return run, page, table
+
+
+def score(run: Run, queries: Sequence[str | Path], *, show_progress: bool = True) -> list[Scores]:
+    """Score queries by the demo's methods, those that need a store first.
+
+    Args:
+        run: A trained model.
+        queries: Sources of the queries.
+        show_progress: Show progress bars.
+
+    Returns:
+        Scores of each method.
+    """
+    store = run.index(INDEX, show_progress=show_progress)
+    stored = run.query(queries, STORED_METHODS, store=store, show_progress=show_progress)
+    traced = run.trace(queries, METHODS, TRACE, show_progress=show_progress)
+    return [one for one in (*stored.values(), *traced.values()) if isinstance(one, Scores)]
 
 
 def read_caption(caption: str) -> tuple[str, str]:

@@ -281,7 +281,7 @@ class _Loop:
         conditions = conditions_of(self.data, rows.tolist(), withheld, device=self.device)
         if self.settings.random_flip:
             clean = self.recorder.flip(ids, clean)
-        noise, timesteps = self.recorder.draw(ids, like=clean, condition_dropped=dropped)
+        noise, timesteps = self.recorder.draw(ids, like=clean)
         with autocast(self.settings.mixed_precision, self.device):
             noisy = self.process.add_noise(clean, noise, timesteps)
             prediction = predict(self.model, noisy, self.process.times(timesteps), conditions)

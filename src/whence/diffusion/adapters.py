@@ -68,6 +68,11 @@ def check_model(model: Network) -> None:
         raise UnsupportedModelError(f"whence calls models of class {', '.join(sorted(ADAPTERS))}; found {name}.")
     if name == "UNet2DConditionModel":
         _check_conditional_unet(model.config)
+    if getattr(model.config, "class_embed_type", None) not in (None, "timestep"):
+        raise UnsupportedModelError(
+            f"This {name} has class_embed_type={model.config.class_embed_type!r}: it is given vectors in the place of "
+            "classes, and whence does not know where they come from. Known are classes by number."
+        )
 
 
 def check_process(model: Network, process: NoiseProcess, where: str) -> None:
@@ -119,7 +124,6 @@ def _check_conditional_unet(config: Any) -> None:
 _UNET_KNOWN: dict[str, tuple[Any, ...]] = {
     "addition_embed_type": (None, "text_time"),
     "encoder_hid_dim_type": (None, "text_proj"),
-    "class_embed_type": (None, "timestep", "identity"),
     "time_cond_proj_dim": (None,),
 }
 
