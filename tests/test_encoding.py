@@ -25,6 +25,7 @@ from whence.methods import GradientPlan, Grid, Trajectory, method_by_name
 from whence.opening import open_run
 from whence.pipeline_encoder import PipelineEncoder
 from whence.record import SCHEMA, Record, Visits
+from whence.trajectories import Trajectories
 
 CAPTIONS = ("a cat", "a dog", "a cat", "red car")
 
@@ -450,6 +451,15 @@ def test_images_of_latents_are_not_drawn_again(pipelines: Path, tmp_path: Path):
     scores = run.trace(run.train_images.select([0]), ["pixels"], show_progress=False)
     plan = run.plan_counterfactual(run.train_images.select([0]), list(scores.values()), settings)
     assert plan.drawn == () and "samples latents, and a VAE makes images of them" in " ".join(plan.notes)
+
+
+def test_paths_of_what_the_model_does_not_see_are_refused(pipelines: Path, tmp_path: Path):
+    run = open_tiny(pipelines, "sd", tmp_path / "out")
+    frames = np.zeros((1, 2, 3, 16, 16), np.float32)
+    queries = replace(make_images().select([0]), trajectories=Trajectories(frames, (10, 20), ({},)))
+    method = replace(method_by_name("grad-cos"), name="along", query=GradientPlan(Trajectory(draws=2)))
+    with pytest.raises(ConfigError, match=r"of images of \(3, 16, 16\) .* the model sees latents of \(4, 8, 8\)"):
+        run.trace(queries, [method], train_timesteps=2, show_progress=False)
 
 
 def test_a_sampled_latent_is_what_the_pipeline_samples_from_the_same_noise(pipelines: Path, tmp_path: Path):
