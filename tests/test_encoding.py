@@ -510,6 +510,15 @@ def test_an_instance_prompt_on_record_is_told_of_every_training_image(pipelines:
     assert run.open_queries(make_images().select([1])).encoding.conditions.texts == ("", "a dog")
 
 
+def test_another_vae_on_record_is_warned_of(pipelines: Path, tmp_path: Path):
+    config = {"pretrained_vae_model_name_or_path": "someone/a-vae"}
+    run = with_config(open_tiny(pipelines, "sd", tmp_path / "out"), tmp_path, config)
+    with pytest.warns(UserWarning, match="Training encoded images by the VAE someone/a-vae; .* --base"):
+        _ = run.encoding
+    base = str(pipelines / "sd")
+    assert with_config(open_tiny(pipelines, "sd", tmp_path / "2", base=base), tmp_path, config).encoding is not None
+
+
 def test_class_images_of_prior_preservation_keep_their_prompt(pipelines: Path, tmp_path: Path):
     config = {"instance_prompt": "a cat", "class_prompt": "a dog", "with_prior_preservation": True}
     captions = ("a cat", "a dog", "a cat", "a dog")

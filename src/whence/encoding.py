@@ -7,6 +7,7 @@ The hash is that of the encoder, the images, their captions and of what is asked
 so that an encoding that was interrupted goes on.
 """
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ def find_encoding(
     network = describe_network(checkpoint)
     check_model(network)
     needs = needed_conditions(network)
-    settings = _with_recorded(settings, record)
+    names_base, settings = settings.base is not None, _with_recorded(settings, record)
     pipeline = _pipeline_of(checkpoint, settings)
     if not needs and pipeline is None and channels_of(network) in (1, 3):
         return None
@@ -191,6 +192,13 @@ def find_encoding(
         return None
     flips = record is not None and bool(record.visits.flip.any() or record.probes.flip.any())
     drawn = record is not None and record.manifest.get("latents") == "sample"
+    other_vae = None if record is None else record.manifest["config"].get("pretrained_vae_model_name_or_path")
+    if encoder.has_vae and other_vae and not names_base:
+        warnings.warn(
+            f"Training encoded images by the VAE {other_vae}; here it is that of the pipeline. Where the two differ, "
+            "put that VAE into the vae/ folder of a copy of the pipeline and give it with --base.",
+            stacklevel=2,
+        )
     return Encoding(
         encoder,
         reads,

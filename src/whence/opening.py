@@ -97,10 +97,12 @@ def _with_network_settings(
         conditioning=_changed(run.conditioning, conditioning),
         objective=_changed(run.objective or ObjectiveSettings(), objective) if objective else run.objective,
     )
-    if changed.objective is not None and (run.model / "record" / "manifest.json").exists():
-        said = [
-            name for name, value in asdict(changed.objective).items() if value != getattr(ObjectiveSettings(), name)
-        ]
+    said = [
+        name
+        for name, value in asdict(changed.objective or ObjectiveSettings()).items()
+        if value != getattr(ObjectiveSettings(), name)
+    ]
+    if said and (run.model / "record" / "manifest.json").exists():
         raise ConfigError(
             f"{run.model} has a record, which says what training added to noise and loss. Leave out {', '.join(said)}."
         )
