@@ -19,7 +19,7 @@ from whence.config import ConditioningSettings, CounterfactualSettings, Objectiv
 from whence.data import ImageData
 from whence.diffusion.adapters import predict
 from whence.encoding import BLOCK, find_encoding
-from whence.errors import CheckpointError, ConfigError, DataError, RecordError, UnsupportedModelError
+from whence.errors import CheckpointError, ConfigError, DataError, RecordError, ScoresError, UnsupportedModelError
 from whence.event_table import check_same_data, make_batch
 from whence.methods import GradientPlan, Grid, Trajectory, method_by_name
 from whence.opening import open_run
@@ -264,7 +264,8 @@ def test_a_network_alone_asks_for_its_pipeline(pipelines: Path, tmp_path: Path):
         _ = run.train_images
     named = open_tiny(tmp_path, "alone", tmp_path / "other", base=str(pipelines / "sd"))
     assert named.train_images.input_shape == (4, 8, 8)
-    assert open_run(tmp_path / "other").conditioning.base == str(pipelines / "sd")  # kept with the run
+    named.keep_settings()  # as every stage does that has made something
+    assert open_run(tmp_path / "other").conditioning.base == str(pipelines / "sd")
     assert alone.exists()
 
 
@@ -313,14 +314,20 @@ def test_images_without_captions(pipelines: Path, tmp_path: Path):
 def test_labels_are_numbered_and_unknown_ones_refused(pipelines: Path, tmp_path: Path):
     run = open_tiny(pipelines, "dit", tmp_path / "out")
     assert run.train_images.conditions([0, 1, 2, 3])["class_labels"].tolist() == [0, 1, 2, 0]
-    named = ImageData.from_arrays(make_images().pixels([0, 1]), ["x", "y"], ["cat", "ant"])
+    named = ImageData.from_arrays(make_images().pixels([0, 1, 2]), ["x", "y", "z"], ["cat", "ant", "dog"])
+    few = named.select([0, 1])
+    with pytest.raises(ConfigError, match="network has 3 classes; the images have 2: ant, cat. Give all labels"):
+        _ = open_tiny(pipelines, "dit", tmp_path / "few", few).train_images
+    assert open_tiny(
+        pipelines, "dit", tmp_path / "all", few, class_names=("dog", "cat", "ant")
+    ).train_images.conditions([0, 1])["class_labels"].tolist() == [1, 2]
     assert open_tiny(pipelines, "dit", tmp_path / "b", named).train_images.conditions([0, 1])[
         "class_labels"
     ].tolist() == [1, 0]
-    with pytest.raises(DataError, match="knows the labels 0, 1, 2; found 'ant', 'cat'"):
+    with pytest.raises(DataError, match="knows the labels 0, 1, 2; found 'ant', 'cat', 'dog'"):
         run.open_queries(named)
     many = ImageData.from_arrays(make_images().pixels(range(4)), list("wxyz"), list("abcd"))
-    with pytest.raises(ConfigError, match="has 3 classes; the images have 4 labels"):
+    with pytest.raises(ConfigError, match="has 3 classes; the images have 4: a, b, c, d"):
         _ = open_tiny(pipelines, "dit", tmp_path / "c", many).train_images
     with pytest.raises(DataError, match="told the label of each image; 2 of 2 images"):
         run.open_queries(ImageData.from_arrays(make_images().pixels([0, 1]), ["x", "y"]))
@@ -413,8 +420,9 @@ def test_what_is_said_of_a_model_is_kept_in_its_folder(pipelines: Path, tmp_path
         out=tmp_path / "out",
         conditioning={"caption": "a dog"},
         objective={"snr_gamma": 5.0},
-    )
+    ).keep_settings()  # as every stage does that has made something
     again = open_run(pipelines / "sd", data="demo", out=tmp_path / "out", objective={"noise_offset": 0.1})
+    again.keep_settings()
     assert again.conditioning.caption == "a dog"
     assert again.objective == ObjectiveSettings(snr_gamma=5.0, noise_offset=0.1)
     assert open_run(tmp_path / "out").objective == again.objective
@@ -529,3 +537,33 @@ def test_class_images_of_prior_preservation_keep_their_prompt(pipelines: Path, t
         silent = with_config(open_tiny(pipelines, "sd", tmp_path / "2", make_images(captions=some)), tmp_path, config)
         with pytest.raises(DataError, match="instances 'a cat' and class images 'a dog'; [24] of 4 .* metadata.jsonl"):
             _ = silent.train_images
+
+
+def test_a_pipeline_of_another_model_is_refused(pipelines: Path, tmp_path: Path):
+    run = open_tiny(pipelines, "sd", tmp_path / "out", base=str(pipelines / "sdxl"))
+    with pytest.raises(UnsupportedModelError, match="encoder_hidden_states of 8 numbers, the pipeline gives 16"):
+        run.subject.source(run.checkpoints[-1], _settings())
+    assert not (tmp_path / "out" / "config.yaml").exists()  # what is refused leaves nothing behind
+
+
+def test_a_damaged_cache_is_noticed(pipelines: Path, tmp_path: Path):
+    _ = open_tiny(pipelines, "sd", tmp_path / "out").train_images
+    for kind in ("latents", "conditions"):
+        (path,) = (tmp_path / "out" / "cache" / "encoded").glob(f"*/{kind}*")
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(ScoresError, match=f"{kind}.* is damaged: its content is not what was written"):
+            _ = open_tiny(pipelines, "sd", tmp_path / "out").train_images
+        path.unlink()
+
+
+def test_what_a_network_is_not_told_is_warned_of(pipelines: Path, tmp_path: Path):
+    run = open_tiny(pipelines, "sd", tmp_path / "out", guidance_scale=3.5, class_names=("a", "b"))
+    with pytest.warns(UserWarning, match="UNet2DConditionModel is not told guidance_scale, class_names: without"):
+        _ = run.train_images
+
+
+def test_more_steps_than_timesteps_are_refused(pipelines: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="50 steps are more than this DDPMScheduler of 50 timesteps"):
+        open_tiny(pipelines, "sd", tmp_path / "out").sample(1, prompts=["a cat"], steps=50, show_progress=False)

@@ -152,3 +152,23 @@ def test_a_report_shows_what_was_said_of_the_queries(run, tmp_path: Path):
     _, opened, _ = run.load_scores()
     assert opened.captions == ("a cat",) and opened.masks is not None
     assert run.report().exists()
+
+
+def test_queries_taken_together_are_what_the_report_shows(run, tmp_path: Path):
+    for k in range(2):
+        pixels = toy_images(2, seed=1).pixels([k])[0]
+        Image.fromarray(((pixels.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)).save(tmp_path / f"{k}.png")
+    scores = run.trace(Queries([tmp_path]), ["tracin", "retrac"], **SMALL)
+    for one in scores.values():
+        run.pool(one, "six fingers")
+    shown, opened, _ = run.load_scores()
+    assert {one.query_ids for one in shown} == {("six fingers",)} and opened.ids == ("six fingers",)
+    assert "six fingers" in run.report().read_text() and "2 queries taken together" in run.report().read_text()
+
+
+def test_one_prompt_may_be_a_string_and_one_mask_in_a_folder_is_no_mask_for_all(run, tmp_path: Path):
+    images = toy_images(2, "query", seed=1)
+    assert run.open_queries(Queries(images, prompts="one for all")).captions == ("one for all",) * 2
+    paint(tmp_path / "masks" / "query-0.png", (slice(0, 4), slice(0, 8)))
+    with pytest.raises(DataError, match="1 queries have none: query-1. Give the file of one mask"):
+        run.open_queries(Queries(images, mask=tmp_path / "masks"))

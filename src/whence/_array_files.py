@@ -1,11 +1,12 @@
 """Files of named arrays that a run keeps for itself: caches of sums, tiles, decompositions."""
 
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from whence._files import publish_file
 from whence.errors import ScoresError
@@ -13,8 +14,9 @@ from whence.errors import ScoresError
 
 def write_arrays(path: Path, arrays: dict[str, ndarray]) -> None:
     """Write a file of the cache, whole or not at all."""
+    kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with publish_file(path) as partial:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
+        save_file(kept, partial, metadata={"sha256": _sha256(kept)})
 
 
 def read_arrays(path: Path) -> dict[str, ndarray]:
@@ -27,6 +29,21 @@ def read_arrays(path: Path) -> dict[str, ndarray]:
         ScoresError: If it is damaged.
     """
     try:
-        return load_file(path)
+        with safe_open(path, framework="numpy") as file:
+            want = (file.metadata() or {}).get("sha256")
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
     except (OSError, SafetensorError) as error:
         raise ScoresError(f"{path} is damaged: {error}. Delete it; the next run makes it again.") from error
+    if want != _sha256(arrays):
+        raise ScoresError(
+            f"{path} is damaged: its content is not what was written. Delete it; the next run makes it again."
+        )
+    return arrays
+
+
+def _sha256(arrays: dict[str, ndarray]) -> str:
+    digest = sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()

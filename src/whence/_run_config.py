@@ -45,6 +45,20 @@ def write_config(run: RunFolder) -> None:
         partial.write_text(yaml.safe_dump(_config_of(run), sort_keys=False))
 
 
+def keep_network_settings(run: RunFolder) -> None:
+    """Write ``config.yaml``, or what it says of latents, conditions and objective; the rest of it stays."""
+    path = run.folder / "config.yaml"
+    if not path.exists():
+        write_config(run)
+        return
+    found = yaml.safe_load(path.read_text())
+    rest = {name: value for name, value in found.items() if name not in ("conditioning", "objective")}
+    changed = rest | _of_network(run)
+    if changed != found:
+        with publish_file(path) as partial:
+            partial.write_text(yaml.safe_dump(changed, sort_keys=False))
+
+
 def _config_of(run: RunFolder) -> dict[str, Any]:
     """Give the content of config.yaml, the same for the same settings."""
     return {

@@ -14,7 +14,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from whence._files import sha256_of_json, write_json
-from whence.arguments import BUNDLED, Images, Queries, parts, sources
+from whence.arguments import BUNDLED, Images, Queries, parts, prompts_of, sources
 from whence.checkpoints import Checkpoint, list_checkpoints, load_model, load_scheduler
 from whence.config import (
     ConditioningSettings,
@@ -114,13 +114,19 @@ class RunFolder:
         settings = replace(self.data_settings, **columns)
         opened = concatenate([p if isinstance(p, ImageData) else open_images(p, settings) for p in given])
         if isinstance(queries, Queries):
-            opened = _with_prompts(opened, queries.prompts, as_labels=self._reads == "labels")
+            opened = _with_prompts(opened, prompts_of(queries), as_labels=self._reads == "labels")
             opened = opened if queries.mask is None else with_masks(opened, queries.mask, settings)
         made_by = None if opened.encoding is None else opened.encoding.encoder
         is_ours = self.encoding is not None and made_by == self.encoding.encoder.hash
         # Mirroring and draws from the posterior are of training.
         encoding = self.encoding and replace(self.encoding, mirrored=False, drawn=False)
         return opened if is_ours else self._encoded(opened, encoding)
+
+    def keep_settings(self) -> None:
+        """Write down how the model was opened, now that something was made by it."""
+        from whence._run_config import keep_network_settings  # which knows this class
+
+        keep_network_settings(self)
 
     def load_scores(self, queries: ImageData | None = None) -> tuple[list[Scores], ImageData, dict[str, Any]]:
         """Load what was traced last: scores, queries, settings.
@@ -149,7 +155,8 @@ class RunFolder:
         if None in sources:
             raise ScoresError("The queries were given as opened images, not as files; pass them as queries=....")
         try:
-            return scores, self.open_queries(Queries(sources, **told) if told else sources), settings
+            opened = self.open_queries(Queries(sources, **told) if told else sources)
+            return *_as_one(scores, opened), settings
         except DataError as error:
             raise ScoresError(f"The queries of the last trace cannot be opened again: {error}") from error
 
@@ -157,6 +164,7 @@ class RunFolder:
         self, scores: Sequence[Scores | TopScores], queries: Images, settings: TraceSettings | QuerySettings
     ) -> None:
         """Remember what :meth:`report` shows."""
+        self.keep_settings()
         write_json(
             self.folder / "scores" / "latest.json",
             {
@@ -166,6 +174,14 @@ class RunFolder:
                 "settings": asdict(settings),
             },
         )
+
+    def _show_pooled(self, scores: Scores, folder: Path) -> None:
+        """Let :meth:`report` show pooled scores in the place of those that they were made of."""
+        path = self.folder / "scores" / "latest.json"
+        latest = json.loads(path.read_text()) if path.exists() else {"folders": []}
+        if scores.folder is not None and scores.folder.name in latest["folders"]:
+            shown = [folder.name if name == scores.folder.name else name for name in latest["folders"]]
+            write_json(path, latest | {"folders": shown})
 
     def settings(self) -> dict[str, Any]:
         """Give the content of ``config.yaml``, and the training settings of the record."""
@@ -239,6 +255,7 @@ class RunFolder:
             images = self.encoding.encoder.images_of(drawn) if latent and self.encoding is not None else drawn
             labels = texts if self._reads == "labels" else ["generated"] * len(texts)
             captions = texts if self._reads is not None else None
+            self.keep_settings()
             save_arrays(path, images, ids, labels, path_taken, captions)
         return path
 
@@ -318,3 +335,25 @@ def _with_prompts(images: ImageData, prompts: Sequence[str], *, as_labels: bool)
         )
     texts = tuple(prompts) * (len(images) if len(prompts) == 1 else 1)
     return replace(images, captions=texts, labels=texts if as_labels else images.labels, encoding=None)
+
+
+def _as_one(scores: list[Scores], queries: ImageData) -> tuple[list[Scores], ImageData]:
+    """Let the first of queries that were taken together stand for all of them.
+
+    Raises:
+        ScoresError: If the queries are not those that were scored.
+    """
+    names = {one.query_ids for one in scores if "pooled" in one.details}
+    if not names:
+        return scores, queries
+    for one in scores:
+        asked = one.details.get("queries", {})
+        if asked.get("fingerprint") not in (None, queries.fingerprint):
+            raise ScoresError(
+                f"The query images in {queries.source} changed since the {one.method} scores were made. Restore "
+                "them, or trace again."
+            )
+    caption = f"{len(queries)} queries taken together; the first is shown"
+    first = replace(queries.select([0]), ids=names.pop(), captions=(caption,))
+    shown = {"fingerprint": first.fingerprint}
+    return [replace(one, details=one.details | {"queries": one.details["queries"] | shown}) for one in scores], first

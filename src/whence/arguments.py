@@ -23,22 +23,27 @@ Methods = str | Method | Baseline | Sequence[str | Method | Baseline]
 class Queries:
     """Query images of which more is said than where they are."""
 
-    images: Sequence[str | Path | ImageData]
+    images: str | Path | ImageData | Sequence[str | Path | ImageData]
     mask: str | Path | None = None
     """Which part of them counts: one mask for all, or a folder with one for each; see :mod:`whence.regions`."""
-    prompts: Sequence[str] = ()
+    prompts: str | Sequence[str] = ()
     """Their captions (labels, of a model that is told these) in the order of the images, one for each or one for all,
     instead of what comes with them."""
 
     def told(self) -> dict[str, Any]:
         """Give what is said beside the images, as JSON can hold it."""
-        return {"mask": None if self.mask is None else absolute(self.mask), "prompts": list(self.prompts)}
+        return {"mask": None if self.mask is None else absolute(self.mask), "prompts": list(prompts_of(self))}
+
+
+def prompts_of(queries: Queries) -> Sequence[str]:
+    """List the prompts, also where there is one."""
+    return (queries.prompts,) if isinstance(queries.prompts, str) else tuple(queries.prompts)
 
 
 def parts(queries: Images) -> list[str | Path | ImageData]:
     """List the sources and opened images, also where there is one."""
     if isinstance(queries, Queries):
-        return list(queries.images)
+        return parts(queries.images)
     return [queries] if isinstance(queries, str | Path | ImageData) else list(queries)
 
 

@@ -204,8 +204,12 @@ def prepare(
     specs = {method.name: _spec(method, encoders, subject, queries, settings) for method in declared}
     for method, notes in pairs:
         notes += _notes_on_trajectories(queries, specs[method.name])
-        if queries.masks is not None and isinstance(method, Baseline):
-            notes.append("Baselines compare whole images; the mask has no part in them.")
+        if queries.masks is not None:
+            notes.append(
+                "Baselines compare whole images; the mask has no part in them."
+                if isinstance(method, Baseline)
+                else "Of each query only the part counts that its mask marks."
+            )
     folders = {name: folder / "scores" / f"{name}-{sha256_of_json(spec)[:8]}" for name, spec in specs.items()}
     groups = _groups([m for m in declared if isinstance(m, Method)])
     return TraceWork(

@@ -83,9 +83,11 @@ class Encoding:
         if self.reads is None:
             return None
         found = images.captions if self.reads == "captions" else images.labels
-        texts = [text or self.caption or "" for text in found or [""] * len(images)]
+        instead = (self.caption if self.reads == "captions" else None) or ""
+        texts = [text or instead for text in found or [""] * len(images)]
         empty = [images.ids[row] for row, text in enumerate(texts) if not text]
-        if empty and (not self.encoder.knows_none or len(empty) == len(images)):
+        nothing_said = len(empty) == len(images) and not found
+        if empty and (not self.encoder.knows_none or nothing_said):
             what, option = ("label", "--label-column") if self.reads == "labels" else ("caption", "--caption-column")
             raise DataError(
                 f"The network is told the {what} of each image; {len(empty)} of {len(images)} images of "
@@ -175,6 +177,7 @@ def find_encoding(
     network = describe_network(checkpoint)
     check_model(network)
     needs = needed_conditions(network)
+    _warn_of_vain(settings, network, needs)
     names_base, settings = settings.base is not None, _with_recorded(settings, record)
     pipeline = _pipeline_of(checkpoint, settings)
     if not needs and pipeline is None and channels_of(network) in (1, 3):
@@ -207,6 +210,19 @@ def find_encoding(
         mirrored=encoder.has_vae and flips,
         drawn=encoder.has_vae and drawn,
     )
+
+
+def _warn_of_vain(asked: ConditioningSettings, network: Any, needs: tuple[str, ...]) -> None:
+    """Warn of what the user said and the network is not told."""
+    vain = []
+    if asked.guidance_scale is not None and "guidance" not in needs:
+        vain.append("guidance_scale")
+    if asked.class_names and "class_labels" not in needs:
+        vain.append("class_names")
+    if asked.caption is not None and (not needs or "class_labels" in needs):
+        vain.append("caption")
+    if vain:
+        warnings.warn(f"A {type(network).__name__} is not told {', '.join(vain)}: without effect here.", stacklevel=3)
 
 
 def _told_one_caption(record: Record | None) -> bool:
@@ -272,10 +288,12 @@ def _class_encoder(
         ConfigError: If there are more of them than the network has classes.
     """
     classes, count = settings.class_names or _class_names(images), _num_classes(network)
-    if len(classes) > count:
+    numbered = all(name.isdigit() for name in classes) and not settings.class_names
+    if len(classes) > count or (len(classes) < count and not numbered):
+        given = "--class-names has" if settings.class_names else "the images have"
         raise ConfigError(
-            f"The network has {count} classes; the images have {len(classes)} labels: {abbreviate(classes)}. Give the "
-            "labels of the training, in its order, with --class-names."
+            f"The network has {count} classes; {given} {len(classes)}: {abbreviate(classes)}. Give all labels of the "
+            "training, in its order, with --class-names."
         )
     vae = None if pipeline is None else PipelineEncoder(pipeline, type(network).__name__, settings)
     # DiT learns an embedding more, for labels that training withholds.

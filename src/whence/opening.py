@@ -54,6 +54,8 @@ def open_run(
         ConfigError: If something is missing or contradicts what is known.
     """
     folder = Path(path)
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise ConfigError(f"--out must be a folder; {out} is a file.")
     if loss is not None:
         check_choice("loss", loss, LossName)
     if (folder / "config.yaml").exists():
@@ -82,7 +84,6 @@ def open_run(
         **kept,
     )
     check_config(run)
-    write_config(run)
     return _with_network_settings(run, conditioning, objective)
 
 
@@ -91,7 +92,16 @@ def _with_network_settings(
     conditioning: ConditioningSettings | Mapping[str, Any] | None,
     objective: ObjectiveSettings | Mapping[str, Any] | None,
 ) -> Run:
-    """Put what the user says now in the place of what the run was opened with before, and keep it."""
+    """Put what the user says now in the place of what the run was opened with before.
+
+    It is kept with the run once something was made by it, so that what is refused leaves nothing behind.
+
+    Returns:
+        The run with these settings.
+
+    Raises:
+        ConfigError: If a record says already what training added to noise and loss.
+    """
     changed = replace(
         run,
         conditioning=_changed(run.conditioning, conditioning),
@@ -106,8 +116,6 @@ def _with_network_settings(
         raise ConfigError(
             f"{run.model} has a record, which says what training added to noise and loss. Leave out {', '.join(said)}."
         )
-    if changed != run:
-        write_config(changed)
     return changed
 
 

@@ -114,6 +114,7 @@ class Run(RunFolder):
         folder = self.folder / "scores" / f"{scores.method}-pooled-{pooled.content_hash[:8]}"
         if not folder.exists():
             pooled.save(folder)
+        self._show_pooled(scores, folder)
         return Scores.load(folder)
 
     def plan(
@@ -183,7 +184,9 @@ class Run(RunFolder):
             The store.
         """
         settings = replace(settings or IndexSettings(), **changes)
-        return index(self.subject, settings, self.folder, part=part, show_progress=show_progress)
+        store = index(self.subject, settings, self.folder, part=part, show_progress=show_progress)
+        self.keep_settings()
+        return store
 
     def query(
         self,
@@ -232,6 +235,7 @@ class Run(RunFolder):
             scores = query(
                 self.subject, store, images, declared, settings, self.folder, top=top, show_progress=show_progress
             )
+        self.keep_settings()
         if top is None:  # a page needs all scores
             self._note_latest(list(scores.values()), queries, settings)
         return dict(scores)
@@ -252,9 +256,11 @@ class Run(RunFolder):
         declared = method_by_name(method)
         if declared.name not in ("tracin", "retrac") or not isinstance(declared, Method):
             raise ConfigError(f"Self-influence is defined for tracin and retrac, not for {method}.")
-        return self_influence(
+        scores = self_influence(
             self.subject, kind, settings or TraceSettings(), self.folder, method=declared, show_progress=show_progress
         )
+        self.keep_settings()
+        return scores
 
     def retrain(
         self,
@@ -278,7 +284,9 @@ class Run(RunFolder):
         """
         settings = replace(settings or RetrainingSettings(), **changes)
         opened = {name: self.open_queries(images) for name, images in queries.items()}
-        return retrain(self.subject, opened, settings, self.folder, show_progress=show_progress)
+        truth = retrain(self.subject, opened, settings, self.folder, show_progress=show_progress)
+        self.keep_settings()
+        return truth
 
     def evaluate(
         self,
@@ -341,7 +349,9 @@ class Run(RunFolder):
             scores = [self._scores_of(images, declared, trace) for declared in declare(methods)]
         loaded = [one if isinstance(one, Scores) else Scores.load(one) for one in scores]
         asked = images.select(images.rows(ids)) if ids else images
-        return plan_counterfactual(self.subject, asked, loaded, settings, self.folder)
+        plan = plan_counterfactual(self.subject, asked, loaded, settings, self.folder)
+        self.keep_settings()
+        return plan
 
     def prove(self, plan: Counterfactual, *, show_progress: bool = True) -> tuple[dict[str, Any], Path]:
         """Train the models of a plan, compare them, and write table and page; run again, it goes on from there.

@@ -37,7 +37,7 @@ def with_masks(images: ImageData, source: str | Path, settings: DataSettings) ->
             f"Masks must have the size of the queries, {images.height} x {images.width} pixels; those of {source} have "
             f"{found.height} x {found.width}."
         )
-    rows = [0] * len(images) if len(found) == 1 else _rows_by_name(found, images)
+    rows = [0] * len(images) if Path(source).is_file() else _rows_by_name(found, images)
     masks = (found.pixels(range(len(found)))[:, 0] + 1) / 2
     black = [found.ids[row] for row in sorted(set(rows)) if not masks[row].any()]
     if black:
@@ -51,9 +51,10 @@ def _rows_by_name(masks: ImageData, images: ImageData) -> list[int]:
     missing = [id_ for id_, name in zip(images.ids, names, strict=True) if name not in row_of]
     unused = [masks.ids[row] for name, row in row_of.items() if name not in names]
     if missing or unused:
+        faults = [f"{len(missing)} queries have none: {abbreviate(missing)}"] if missing else []
+        faults += [f"{len(unused)} masks have no query: {abbreviate(unused)}"] if unused else []
         raise DataError(
-            f"Every query needs a mask of its name, and every mask a query; {len(missing)} queries have none: "
-            f"{abbreviate(missing)}; {len(unused)} masks have no query: {abbreviate(unused)}. Give one mask for "
-            "all, or rename them."
+            f"In a folder every query needs a mask of its name, and every mask a query; {'; '.join(faults)}. Give the "
+            "file of one mask for all, or rename them."
         )
     return [row_of[name] for name in names]

@@ -112,6 +112,7 @@ def _make_sampler(scheduler: Any, steps: int, shape: tuple[int, int, int], *, cl
 
     Raises:
         UnsupportedModelError: If there is none for this scheduler.
+        ConfigError: If it has fewer timesteps than steps are asked for.
     """
     import diffusers
 
@@ -134,6 +135,11 @@ def _make_sampler(scheduler: Any, steps: int, shape: tuple[int, int, int], *, cl
         )
     ddim: Any = diffusers.DDIMScheduler.from_config(scheduler.config, clip_sample=clip_sample)
     ddim.set_timesteps(steps)
+    if int(ddim.timesteps.max()) >= scheduler.config.num_train_timesteps:
+        raise ConfigError(
+            f"{steps} steps are more than this {type(scheduler).__name__} of {scheduler.config.num_train_timesteps} "
+            "timesteps can be sampled in. Take fewer with --steps."
+        )
     return ddim
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from whence.checkpoints import Checkpoint, check_files, load_model, load_scheduler, scheduler_of_record
 from whence.config import GradientSettings, LossName, ObjectiveSettings
 from whence.data import ImageData
-from whence.diffusion.adapters import channels_of, check_model, check_process, needed_conditions
+from whence.diffusion.adapters import channels_of, check_model, check_process, check_widths, needed_conditions
 from whence.diffusion.process import NoiseProcess
 from whence.errors import CheckpointError
 from whence.event_table import Replays
@@ -142,6 +142,7 @@ def check_inputs(model: Any, images: ImageData, where: str) -> None:
             f"with {', '.join(given) or 'nothing but pixels'}. Give captions or labels with the images, and the whole "
             "pipeline folder with its text encoders."
         )
+    check_widths(model, {name: values.shape[-1] for name, values in given.items() if values.ndim > 1}, where)
     channels, height, width = images.input_shape
     encoded = images.encoding is not None and images.encoding.latents is not None
     kind = "their latents have" if encoded else "the training images have"

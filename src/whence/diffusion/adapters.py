@@ -30,6 +30,8 @@ class Adapter:
     """Takes network, noisy, times, conditions; gives the prediction, perhaps with learned variances behind it."""
     needs: Callable[[Any], tuple[str, ...]]
     """Names the conditions that a configuration asks for."""
+    widths: Callable[[Any], dict[str, int]] = lambda config: {}
+    """Gives the length of the vectors of conditions, where a configuration says it."""
     by_flow_matching: bool = False
     """Whether networks of this class are trained by flow matching and nothing else."""
 
@@ -90,6 +92,30 @@ def check_process(model: Network, process: NoiseProcess, where: str) -> None:
         raise UnsupportedModelError(
             f"A {_class_name(model)} is trained by flow matching; the scheduler that belongs to {where} is for "
             f"{process.prediction_type}. Put the scheduler of the training there, a FlowMatchEulerDiscreteScheduler."
+        )
+
+
+def check_widths(model: Network, given: Mapping[str, int], where: str) -> None:
+    """Refuse conditions of another length than the network takes: they are of another model's encoders.
+
+    Args:
+        model: The network.
+        given: Length of the vectors of each condition.
+        where: The checkpoint, for messages.
+
+    Raises:
+        UnsupportedModelError: The message says what is taken and what was found.
+    """
+    wanted = ADAPTERS[_class_name(model)].widths(model.config)
+    faults = [
+        f"{name} of {width} numbers, the pipeline gives {given[name]}"
+        for name, width in wanted.items()
+        if name in given and given[name] != width
+    ]
+    if faults:
+        raise UnsupportedModelError(
+            f"The {_class_name(model)} in {where} takes {'; '.join(faults)}. The pipeline is another model's; give the "
+            "one that it was trained from with --base."
         )
 
 
@@ -212,6 +238,19 @@ def _needs_of_conditional_unet(config: Any) -> tuple[str, ...]:
     return ("encoder_hidden_states", *sdxl, *_needs_of_unet(config))
 
 
+def _widths_of_conditional_unet(config: Any) -> dict[str, int]:
+    width = config.encoder_hid_dim if config.encoder_hid_dim_type == "text_proj" else config.cross_attention_dim
+    return {"encoder_hidden_states": width} if isinstance(width, int) else {}
+
+
+def _widths_of_joint(config: Any) -> dict[str, int]:
+    return {"encoder_hidden_states": config.joint_attention_dim, "pooled_projections": config.pooled_projection_dim}
+
+
+def _widths_of_captions(config: Any) -> dict[str, int]:
+    return {} if config.caption_channels is None else {"encoder_hidden_states": config.caption_channels}
+
+
 def _needs_of_flux(config: Any) -> tuple[str, ...]:
     text = ("encoder_hidden_states", "pooled_projections")
     return (*text, "guidance") if config.guidance_embeds else text
@@ -232,11 +271,13 @@ def _needs_of_sana(config: Any) -> tuple[str, ...]:
 
 ADAPTERS: dict[str, Adapter] = {
     "UNet2DModel": Adapter(_call_unet, _needs_of_unet),
-    "UNet2DConditionModel": Adapter(_call_conditional_unet, _needs_of_conditional_unet),
+    "UNet2DConditionModel": Adapter(_call_conditional_unet, _needs_of_conditional_unet, _widths_of_conditional_unet),
     "DiTTransformer2DModel": Adapter(_call_dit, lambda config: ("class_labels",)),
-    "SD3Transformer2DModel": Adapter(_call_sd3, lambda config: ("encoder_hidden_states", "pooled_projections"), True),
-    "FluxTransformer2DModel": Adapter(_call_flux, _needs_of_flux, True),
-    "PixArtTransformer2DModel": Adapter(_call_pixart, _needs_of_pixart),
-    "SanaTransformer2DModel": Adapter(_call_sana, _needs_of_sana, True),
+    "SD3Transformer2DModel": Adapter(
+        _call_sd3, lambda config: ("encoder_hidden_states", "pooled_projections"), _widths_of_joint, True
+    ),
+    "FluxTransformer2DModel": Adapter(_call_flux, _needs_of_flux, _widths_of_joint, True),
+    "PixArtTransformer2DModel": Adapter(_call_pixart, _needs_of_pixart, _widths_of_captions),
+    "SanaTransformer2DModel": Adapter(_call_sana, _needs_of_sana, _widths_of_captions, True),
 }
 """By class. A further one needs no change elsewhere."""

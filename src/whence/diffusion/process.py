@@ -230,13 +230,17 @@ def _check_objective(process: NoiseProcess, scheduler_name: str) -> None:
         faults.append(f"weighting_scheme {asked.weighting_scheme} is of flow matching")
     if process.prediction_type != "flow" and asked.precondition_outputs:
         faults.append("precondition_outputs is of flow matching")
-    if asked.snr_gamma is not None and not asked.snr_gamma > 0:
-        faults.append(f"snr_gamma must be above 0, found {asked.snr_gamma}")
-    for name in ("noise_offset", "input_perturbation"):
-        if not getattr(asked, name) >= 0:
-            faults.append(f"{name} must not be negative, found {getattr(asked, name)}")
     if faults:
         raise ConfigError(f"With a {scheduler_name}: {'; '.join(faults)}. Leave it out, or give the other scheduler.")
+    wrong = [
+        f"{name} must not be negative"
+        for name in ("noise_offset", "input_perturbation")
+        if not getattr(asked, name) >= 0
+    ]
+    if asked.snr_gamma is not None and not asked.snr_gamma > 0:
+        wrong.append("snr_gamma must be above 0")
+    if wrong:
+        raise ConfigError(f"{'; '.join(wrong)}; found {asked}.")
 
 
 def _at(table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
@@ -261,7 +265,8 @@ def even_timesteps(first: int, last: int, count: int) -> Int[Tensor, " timestep"
     """
     if count > last - first + 1:
         raise ConfigError(
-            f"There are only {last - first + 1} timesteps from {first} to {last}; {count} were asked for."
+            f"There are only {last - first + 1} timesteps from {first} to {last}; {count} were asked for. Ask for "
+            "fewer with --timesteps, of training images with --train-timesteps."
         )
     if count == 1:
         return torch.tensor([(first + last) // 2])
