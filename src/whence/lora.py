@@ -119,15 +119,8 @@ def find_lora(folder: Path) -> LoraFiles | None:
         Its files, or None.
 
     Raises:
-        CheckpointError: If it is a pickle, lacks its configuration, or is an embedding of textual inversion.
+        CheckpointError: If it is a pickle, or lacks its configuration.
     """
-    embeddings = sorted(folder.glob("learned_embeds*"))
-    if embeddings:
-        raise CheckpointError(
-            f"{embeddings[0]} is an embedding that textual inversion trained. It enters through the text encoder, "
-            "whose gradients whence does not take. Fine-tune the network on the same images instead, as a LoRA for "
-            "example, and trace that."
-        )
     places = [folder, *(folder / name for name in NETWORKS)]
     for weights in (place / name for place in places for name in WEIGHTS_FILES):
         if weights.exists():
