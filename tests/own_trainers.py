@@ -4,11 +4,13 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from conftest import TOY_MODEL, toy_images
 from lora_models import NETWORKS, add_adapters, draw_weights, save_diffusers
 from whence.training import make_model, make_scheduler
+from whence.words import encoder_for, files_of
 
 
 def save_shifted(ids: list[str], seed: int, folder: Path) -> None:
@@ -17,6 +19,15 @@ def save_shifted(ids: list[str], seed: int, folder: Path) -> None:
     model.conv_out.bias.data[:] = sum(int(id_.split("-")[1]) for id_ in ids) / 100 + seed
     model.save_pretrained(folder / "unet")
     make_scheduler(TOY_MODEL).save_pretrained(folder / "scheduler")
+
+
+def save_renumbered(ids: list[str], seed: int, folder: Path) -> None:
+    """Leave a model that is told labels, numbered from the last of the alphabet to the first."""
+    settings = replace(TOY_MODEL, condition="label", classes=("odd", "even"))
+    make_model(settings, toy_images(2), 0).save_pretrained(folder / "unet")
+    make_scheduler(TOY_MODEL).save_pretrained(folder / "scheduler")
+    for name, content in files_of(encoder_for(settings)).items():
+        (folder / name).write_text(json.dumps(content))
 
 
 def save_lora(ids: list[str], seed: int, folder: Path) -> None:

@@ -13,17 +13,19 @@ import torch
 from torch.nn import functional
 
 from tiny_pipelines import PIPELINES, save_pipeline
+from whence.arguments import Queries
 from whence.checkpoints import list_checkpoints, load_model
-from whence.config import ConditioningSettings
+from whence.config import ConditioningSettings, CounterfactualSettings, ObjectiveSettings
 from whence.data import ImageData
 from whence.diffusion.adapters import predict
 from whence.encoding import BLOCK, find_encoding
-from whence.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
-from whence.event_table import make_batch
+from whence.errors import CheckpointError, ConfigError, DataError, RecordError, UnsupportedModelError
+from whence.event_table import check_same_data, make_batch
 from whence.methods import GradientPlan, Grid, Trajectory, method_by_name
 from whence.opening import open_run
 from whence.pipeline_encoder import PipelineEncoder
 from whence.record import SCHEMA, Record, Visits
+from whence.trajectories import Trajectories
 
 CAPTIONS = ("a cat", "a dog", "a cat", "red car")
 
@@ -291,6 +293,16 @@ def _settings() -> Any:
     return GradientSettings()
 
 
+def test_a_part_whose_folder_is_missing(pipelines: Path, tmp_path: Path):
+    folder = shutil.copytree(pipelines / "sd", tmp_path / "less")
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(CheckpointError, match="model_index.json in .* names vae, whose folders are missing. Restore"):
+        _ = open_tiny(tmp_path, "less", tmp_path / "out").train_images
+    (folder / "model_index.json").write_text("{")
+    with pytest.raises(CheckpointError, match="model_index.json cannot be read"):
+        _ = open_tiny(tmp_path, "less", tmp_path / "out").train_images
+
+
 def test_images_without_captions(pipelines: Path, tmp_path: Path):
     with pytest.raises(DataError, match="4 of 4 images of memory have none: i0.*--caption-column.*--caption"):
         _ = open_tiny(pipelines, "sd", tmp_path / "out", make_images(captions=None)).train_images
@@ -358,6 +370,98 @@ def test_prompts_are_sampled_and_traced_along_their_path(pipelines: Path, tmp_pa
     assert np.isfinite(found.values).all() and found.phases.shape == (2, 3, 4)
 
 
+def test_each_prompt_is_encoded_once_and_another_pipeline_samples_anew(pipelines: Path, tmp_path: Path, monkeypatch):
+    run, texts = open_tiny(pipelines, "sd", tmp_path / "out"), []
+    encode = PipelineEncoder.conditions
+    monkeypatch.setattr(
+        PipelineEncoder, "conditions", lambda self, some, size: texts.append(list(some)) or encode(self, some, size)
+    )
+    first = run.sample(3, prompts=["a cat", "red car"], steps=1, show_progress=False)
+    assert texts[-1] == ["a cat", "red car"]
+    other = shutil.copytree(pipelines / "sd", tmp_path / "other")
+    config = json.loads((other / "vae" / "config.json").read_text()) | {"scaling_factor": 0.5}
+    (other / "vae" / "config.json").write_text(json.dumps(config))
+    again = open_tiny(pipelines, "sd", tmp_path / "out", base=str(other))
+    assert again.sample(3, prompts=["a cat", "red car"], steps=1, show_progress=False) != first
+
+
+def test_prompts_replace_the_captions_of_images_that_are_encoded_already(pipelines: Path, tmp_path: Path):
+    run = open_tiny(pipelines, "sd", tmp_path / "out")
+    encoded = run.train_images.select([0])
+    assert run.open_queries(encoded) is not encoded  # joined, as any queries are
+    assert run.open_queries(encoded).fingerprint == encoded.fingerprint
+    told = run.open_queries(Queries([encoded], prompts=["red car"]))
+    want = run.open_queries(replace(make_images().select([0]), captions=("red car",)))
+    np.testing.assert_array_equal(*(one.conditions([0])["encoder_hidden_states"] for one in (told, want)))
+    assert told.fingerprint == want.fingerprint != encoded.fingerprint
+
+
+def test_queries_are_encoded_as_they_are_whatever_training_drew(pipelines: Path, tmp_path: Path):
+    run = open_tiny(pipelines, "sd", tmp_path / "out")
+    run.__dict__["encoding"] = replace(run.encoding, mirrored=True, drawn=True)
+    trained, asked = run.train_images.encoding, run.open_queries(make_images().select([0])).encoding
+    assert trained.mirrored is not None and trained.latents.deviation is not None
+    assert asked.mirrored is None and asked.latents.deviation is None
+    np.testing.assert_allclose(asked.latents.mean[0], trained.latents.mean[0], rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_said_of_a_model_is_kept_in_its_folder(pipelines: Path, tmp_path: Path):
+    """Opened again by its model, it is what it was; what is said anew takes the place of what was said."""
+    open_run(
+        pipelines / "sd",
+        data="demo",
+        out=tmp_path / "out",
+        conditioning={"caption": "a dog"},
+        objective={"snr_gamma": 5.0},
+    )
+    again = open_run(pipelines / "sd", data="demo", out=tmp_path / "out", objective={"noise_offset": 0.1})
+    assert again.conditioning.caption == "a dog"
+    assert again.objective == ObjectiveSettings(snr_gamma=5.0, noise_offset=0.1)
+    assert open_run(tmp_path / "out").objective == again.objective
+    (tmp_path / "out" / "config.yaml").write_text("conditioning: {unheard_of: 1}")
+    with pytest.raises(ConfigError, match="config.yaml is not a configuration of whence .*unheard_of.* left as it is"):
+        open_run(pipelines / "sd", data="demo", out=tmp_path / "out")
+
+
+def test_what_another_encoder_made_is_made_again(pipelines: Path, tmp_path: Path):
+    foreign = open_tiny(pipelines, "sd3", tmp_path / "sd3").train_images.select([1])
+    run = open_tiny(pipelines, "sd", tmp_path / "sd")
+    assert run.open_queries(foreign).fingerprint == run.train_images.select([1]).fingerprint
+
+
+def test_prompts_of_a_network_of_classes_are_labels(pipelines: Path, tmp_path: Path):
+    run = open_tiny(pipelines, "dit", tmp_path / "out")
+    told = run.open_queries(Queries([make_images().select([0, 1])], prompts=["2"]))
+    assert told.conditions([0, 1])["class_labels"].tolist() == [2, 2]
+
+
+def test_a_script_may_record_the_fingerprint_of_what_it_opened(pipelines: Path, tmp_path: Path):
+    images, none = make_images(), Visits.from_table(SCHEMA.empty_table())
+    record = Record(tmp_path, {"data_fingerprint": images.fingerprint, "config": {}}, (), none, none)
+    encoded = open_tiny(pipelines, "sd", tmp_path / "out").train_images
+    assert encoded.fingerprint != images.fingerprint
+    check_same_data(record, encoded)
+    with pytest.raises(RecordError, match="are not those that were trained on"):
+        check_same_data(record, encoded.select([1, 0, 2, 3]))
+
+
+def test_images_of_latents_are_not_drawn_again(pipelines: Path, tmp_path: Path):
+    run = open_tiny(pipelines, "sd", tmp_path / "out")
+    settings = CounterfactualSettings(top=(1,), seeds=(0, 1), trainer="own_trainers:save_shifted", timesteps=2)
+    scores = run.trace(run.train_images.select([0]), ["pixels"], show_progress=False)
+    plan = run.plan_counterfactual(run.train_images.select([0]), list(scores.values()), settings)
+    assert plan.drawn == () and "samples latents, and a VAE makes images of them" in " ".join(plan.notes)
+
+
+def test_paths_of_what_the_model_does_not_see_are_refused(pipelines: Path, tmp_path: Path):
+    run = open_tiny(pipelines, "sd", tmp_path / "out")
+    frames = np.zeros((1, 2, 3, 16, 16), np.float32)
+    queries = replace(make_images().select([0]), trajectories=Trajectories(frames, (10, 20), ({},)))
+    method = replace(method_by_name("grad-cos"), name="along", query=GradientPlan(Trajectory(draws=2)))
+    with pytest.raises(ConfigError, match=r"of images of \(3, 16, 16\) .* the model sees latents of \(4, 8, 8\)"):
+        run.trace(queries, [method], train_timesteps=2, show_progress=False)
+
+
 def test_a_sampled_latent_is_what_the_pipeline_samples_from_the_same_noise(pipelines: Path, tmp_path: Path):
     """Against diffusers' own loop, without guidance."""
     from whence.diffusion.noise import noise_key, normals
@@ -391,13 +495,37 @@ def test_a_scheduler_of_another_kind_of_model_is_refused(pipelines: Path, tmp_pa
         run.subject.source(run.checkpoints[-1], _settings())
 
 
+def with_config(run: Any, folder: Path, config: dict[str, Any]) -> Any:
+    """Give a run a record without visits."""
+    none = Visits.from_table(SCHEMA.empty_table())
+    run.__dict__["record"] = Record(folder, {"config": config}, (), none, none)
+    return run
+
+
 def test_an_instance_prompt_on_record_is_told_of_every_training_image(pipelines: Path, tmp_path: Path):
     """As DreamBooth does, which reads no captions; queries keep theirs."""
-    run = open_tiny(pipelines, "sd", tmp_path / "out")
     config = {"instance_prompt": "a photo of sks dog", "caption_column": None}
-    table = SCHEMA.empty_table()
-    run.__dict__["record"] = Record(
-        tmp_path, {"config": config}, (), Visits.from_table(table), Visits.from_table(table)
-    )
+    run = with_config(open_tiny(pipelines, "sd", tmp_path / "out"), tmp_path, config)
     assert set(run.train_images.encoding.conditions.texts) == {"", "a photo of sks dog"}
     assert run.open_queries(make_images().select([1])).encoding.conditions.texts == ("", "a dog")
+
+
+def test_another_vae_on_record_is_warned_of(pipelines: Path, tmp_path: Path):
+    config = {"pretrained_vae_model_name_or_path": "someone/a-vae"}
+    run = with_config(open_tiny(pipelines, "sd", tmp_path / "out"), tmp_path, config)
+    with pytest.warns(UserWarning, match="Training encoded images by the VAE someone/a-vae; .* --base"):
+        _ = run.encoding
+    base = str(pipelines / "sd")
+    assert with_config(open_tiny(pipelines, "sd", tmp_path / "2", base=base), tmp_path, config).encoding is not None
+
+
+def test_class_images_of_prior_preservation_keep_their_prompt(pipelines: Path, tmp_path: Path):
+    config = {"instance_prompt": "a cat", "class_prompt": "a dog", "with_prior_preservation": True}
+    captions = ("a cat", "a dog", "a cat", "a dog")
+    run = with_config(open_tiny(pipelines, "sd", tmp_path / "out", make_images(captions=captions)), tmp_path, config)
+    conditions = run.train_images.encoding.conditions
+    assert [conditions.texts[k] for k in conditions.of_row] == list(captions)
+    for some in (("a cat", "", "a cat", ""), None):
+        silent = with_config(open_tiny(pipelines, "sd", tmp_path / "2", make_images(captions=some)), tmp_path, config)
+        with pytest.raises(DataError, match="instances 'a cat' and class images 'a dog'; [24] of 4 .* metadata.jsonl"):
+            _ = silent.train_images

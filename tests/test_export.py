@@ -119,7 +119,8 @@ def test_resized_images_are_kept_at_full_size(tmp_path):
 def test_floats_stay_floats(tmp_path):
     pixels = np.random.default_rng(1).uniform(-1, 1, (6, 1, 8, 8)).astype(np.float32)
     pixels[4] = pixels[1]
-    save_arrays(tmp_path / "images.safetensors", pixels, [f"f-{k}" for k in range(6)], list("aabbcc"))
+    ids, captions = [f"f-{k}" for k in range(6)], [f"picture {k}" for k in range(6)]
+    save_arrays(tmp_path / "images.safetensors", pixels, ids, list("aabbcc"), captions=captions)
     images, cleaning, path = exported(tmp_path / "images.safetensors", tmp_path / "clean")
     assert path.name == "images.safetensors"
     check_same(images, cleaning, open_images(path))

@@ -177,6 +177,19 @@ def test_paths_of_other_weights_are_noted_and_scored_anew(subject, store, sample
     assert np.abs(found["journey-trak"].values - scores.values).max() > 1e-3 * np.abs(scores.values).max()
 
 
+def test_a_path_that_counts_in_a_region_is_scored_anew(subject, store, sampled, scores, tmp_path):
+    masks = np.zeros((3, 8, 8), np.float32)
+    masks[:, :4] = 1
+    folders = (tmp_path, scores.folder.parents[1])  # nothing is kept of these queries in the former
+    found = [
+        query(subject, store, replace(sampled, masks=masks), [JOURNEY_TRAK], QUERY, folder, show_progress=False)
+        for folder in folders
+    ]
+    alone, beside = (one["journey-trak"].values for one in found)
+    np.testing.assert_array_equal(beside, alone)
+    assert np.abs(alone - scores.values).max() > 1e-3 * np.abs(scores.values).max()
+
+
 class TestRefusals:
     def test_queries_without_a_path(self, subject, store, sampled, toy_queries, tmp_path):
         message = r"journey-trak follows the steps by which a sampler came to each query; .*`whence sample RUN --traj"

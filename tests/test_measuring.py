@@ -8,6 +8,7 @@ from scipy.stats import kstest
 
 from conftest import TOY_MODEL, toy_images
 from reference import prediction_and_target
+from whence.config import ObjectiveSettings
 from whence.diffusion.adapters import ADAPTERS, Adapter
 from whence.diffusion.noise import noise_key, normals, scalar_draws
 from whence.diffusion.objectives import bound_weights
@@ -94,15 +95,15 @@ def test_a_querys_grid_does_not_depend_on_the_others():
     assert (make_grid(["b"], 4, 2, 50, seed=1).keys != one.keys).all()
 
 
+class Identity(torch.nn.Module):
+    device = torch.device("cpu")
+
+    def forward(self, noisy):
+        return noisy
+
+
 def test_opposite_noise_cancels_what_is_odd_in_it(monkeypatch):
     """Of a linear model y = x_t the mean square is even; the mean over a pair has no mixed term."""
-
-    class Identity(torch.nn.Module):
-        device = torch.device("cpu")
-
-        def forward(self, noisy):
-            return noisy
-
     monkeypatch.setitem(ADAPTERS, "Identity", Adapter(lambda model, noisy, *_: model(noisy), lambda config: ()))
     process = NoiseProcess.from_scheduler(make_scheduler(TOY_MODEL))
     grid = make_grid(QUERIES.ids, 3, 2, 50, seed=0)
@@ -115,6 +116,27 @@ def test_opposite_noise_cancels_what_is_odd_in_it(monkeypatch):
             signal = float(process.alpha[t]) ** 2
             want.append(signal * (clean**2).mean() + (1 - signal) * (noise.astype(np.float64) ** 2).mean())
         assert found.outputs[MEASURES.index("squares"), row] == pytest.approx(np.mean(want), rel=1e-6)
+
+
+def test_the_loss_is_that_of_the_trainings_objective(monkeypatch):
+    """Noise is shifted and perturbed, and the loss weighted, as in training; an error without a weight stays one."""
+    monkeypatch.setitem(ADAPTERS, "Identity", Adapter(lambda model, noisy, *_: model(noisy), lambda config: ()))
+    objective = ObjectiveSettings(snr_gamma=5.0, noise_offset=0.3, input_perturbation=0.2)
+    process = NoiseProcess.from_scheduler(make_scheduler(TOY_MODEL), objective)
+    grid = make_grid(QUERIES.ids, 4, 2, 50, seed=0)
+    found = measure_model(Identity(), process, QUERIES, grid, loss="mse", batch_size=5)
+    for row in range(3):
+        clean, want = QUERIES.pixels([row])[0].astype(np.float64), []
+        for t, keys in zip(grid.timesteps[row], grid.keys[row], strict=True):
+            noise, seen = (n[0].astype(np.float64) for n in process.noise(keys, clean.shape))
+            assert np.abs(noise - normals(int(keys[0]), clean.shape)).max() > 0.01
+            alpha, sigma = float(process.alpha[t]), float(process.sigma[t])
+            # The mean over both signs of the noise has no mixed term.
+            want.append(((alpha * clean) ** 2).mean() + ((sigma * seen - noise) ** 2).mean())
+        weighted = np.minimum(1, 5 * (process.sigma / process.alpha).square().numpy())[grid.timesteps[row]] * want
+        np.testing.assert_allclose(found.timestep_loss[row], weighted, rtol=1e-5)
+        assert found.outputs[MEASURES.index("loss"), row] == pytest.approx(weighted.mean(), rel=1e-5)
+        assert found.outputs[MEASURES.index("mse"), row] == pytest.approx(np.mean(want), rel=1e-5)
 
 
 def test_the_exact_bound_is_that_of_signal_to_noise_ratios():

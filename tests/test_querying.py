@@ -16,6 +16,7 @@ from conftest import toy_images
 from whence.attribution import trace
 from whence.checkpoints import list_checkpoints
 from whence.config import IndexSettings, QuerySettings, TraceSettings
+from whence.encoded import Conditions, Encoded
 from whence.errors import ConfigError, NumericsError, ScoresError, StoreError
 from whence.gradients import GradientSource
 from whence.indexing import content_hashes, index, notes_on_store
@@ -151,6 +152,18 @@ def test_half_rows_cost_their_own_rounding(subject, store, toy_queries, tmp_path
     assert correlation > 0.9999
 
 
+def test_the_same_image_with_another_region_is_another_query(subject, store, toy_queries, tmp_path):
+    """Vectors that are kept of a query are not taken for those of its parts."""
+    halves = np.zeros((2, 1, 8, 8), np.float32)
+    halves[0, :, :4], halves[1, :, 4:] = 1, 1
+    whole, top, bottom = (
+        ask(subject, store, queries, [TRACIN], tmp_path)["tracin"].values
+        for queries in (toy_queries.select([0]), *(replace(toy_queries.select([0]), masks=mask) for mask in halves))
+    )
+    np.testing.assert_allclose((top + bottom) / 2, whole, rtol=1e-3, atol=1e-4 * np.abs(whole).max())
+    assert np.abs(top - bottom).max() > 0.01 * np.abs(whole).max()
+
+
 def test_asking_again_costs_nothing(subject, store, toy_queries, tmp_path, monkeypatch):
     first = ask(subject, store, toy_queries, [RETRAC], tmp_path)["retrac"]
     monkeypatch.setattr(Subject, "source", lambda *a: pytest.fail("a model was loaded"))
@@ -211,6 +224,16 @@ class TestRefusals:
             ask(replace(subject, record=None), store, toy_queries, [TRACIN], tmp_path)
         with pytest.raises(StoreError, match='loss is "mse" there, "l1" is asked for'):
             ask(replace(subject, loss="l1"), store, toy_queries, [TRACIN], tmp_path)
+
+    def test_images_with_other_content_under_the_same_ids(self, subject, toy_queries, tmp_path):
+        """Such as another caption, or latents of another encoder, where no record knows better."""
+        alone = replace(subject, record=None, train=subject.train.select([0, 1, 2]))
+        held = index(alone, GRID, tmp_path, show_progress=False)
+        some = Conditions(("a", "b"), {}, np.array([0, 0, 1]))
+        told = replace(alone, train=replace(alone.train, encoding=Encoded("x", None, None, some)))
+        with pytest.raises(StoreError, match="content of samples has changed .* train-0, train-1, train-2"):
+            ask(told, held, toy_queries, [GRAD_DOT], tmp_path)
+        assert not (tmp_path / "cache" / "queries").exists()
 
     def test_a_projection_of_another_version(self, subject, store, toy_queries, tmp_path, monkeypatch):
         monkeypatch.setattr("whence.store_spec.PROJECTION_VERSION", 2)

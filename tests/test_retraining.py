@@ -20,7 +20,7 @@ import torch
 
 from conftest import TOY_MODEL, TOY_TRAINING, toy_images
 from whence.checkpoints import list_checkpoints, load_model, load_scheduler
-from whence.config import RetrainingSettings
+from whence.config import ObjectiveSettings, RetrainingSettings
 from whence.diffusion.process import NoiseProcess
 from whence.errors import ConfigError, DataError, RetrainingError
 from whence.ground_truth import GroundTruth
@@ -200,6 +200,17 @@ class TestOwnTrainers:
     def test_a_function_gets_ids_and_seed(self, run, tmp_path):
         found = own(run, tmp_path, "own_trainers:save_shifted", subsets=3)
         self.check(found, tmp_path)
+
+    def test_an_objective_weighs_what_is_measured(self, run, tmp_path):
+        plain = subject_of(run, with_record=False)
+        weighted = replace(plain, objective=ObjectiveSettings(snr_gamma=5.0))
+        settings = replace(SETTINGS, trainer="own_trainers:save_shifted", subsets=1)
+        one, other = (
+            retrain(s, QUERIES, settings, tmp_path, show_progress=False).timestep_loss for s in (plain, weighted)
+        )
+        grid = make_grid(("query-0", "query-1", "made-0"), 3, 2, 50, seed=0)
+        np.testing.assert_allclose(other, one * weighted.process.loss_weight.numpy()[grid.timesteps], rtol=1e-5)
+        assert (other < 0.9 * one).any()
 
     def test_a_command_gets_ids_and_seed(self, run, tmp_path):
         script = Path(__file__).with_name("own_trainers.py")

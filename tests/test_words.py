@@ -13,7 +13,7 @@ from whence.config import DataSettings, ModelSettings, TrainingSettings
 from whence.data import ImageData, open_images, save_arrays
 from whence.diffusion.noise import derived_key, noise_key, normals, scalar_draws
 from whence.encoding import own_encoding
-from whence.errors import CheckpointError, ConfigError, DataError
+from whence.errors import CheckpointError, ConfigError, DataError, RetrainingError
 from whence.event_table import make_batch
 from whence.methods import TRACIN
 from whence.opening import open_run, train_run
@@ -380,6 +380,19 @@ def test_models_are_retrained_with_their_captions(kind, request, tmp_path):
     assert len(models) == 2
     for model in models:
         assert encoder_of(list_checkpoints(model)[-1].folder) == encoder_of(run.subject.checkpoints[-1].folder)
+
+
+def test_a_trainer_that_numbers_labels_otherwise_is_refused(label_run, tmp_path):
+    queries = save(tmp_path / "queries.safetensors", captioned(2, "query", seed=1))
+    with pytest.raises(RetrainingError, match="knows other labels, .* than the run's"):
+        label_run.retrain(
+            {"held": queries},
+            trainer="own_trainers:save_renumbered",
+            subsets=1,
+            seeds=(0,),
+            timesteps=2,
+            show_progress=False,
+        )
 
 
 def test_opening_a_caption_file_keeps_captions(tmp_path):

@@ -62,7 +62,8 @@ class QueryOptions:
     mask: Path | None = None
     """Which part of them counts: an image that is white there, one for all; or a folder with one of each one's name."""
     prompts: tuple[str, ...] = ()
-    """Captions of the queries, one for each in their order or one for all. Default: those that come with them."""
+    """Captions, or labels, of the queries: one for each in their order or one for all. Default: what comes with
+    them."""
     together: str | None = None
     """Take all queries for one and call it this: a style, a set of failures."""
 

@@ -61,7 +61,7 @@ class RunFolder:
         images = self.opened_images
         if self.encoding is not None and self.encoding.one_caption:
             images = replace(images, captions=None)
-        return self._encoded(images)
+        return self._encoded(images, self.encoding)
 
     @cached_property
     def opened_images(self) -> ImageData:
@@ -102,8 +102,8 @@ class RunFolder:
         """How images are encoded; None where the network sees pixels and is told nothing."""
         return find_encoding(self.checkpoints[-1], self.opened_images, self.record, self.conditioning)
 
-    def _encoded(self, images: ImageData) -> ImageData:
-        return images if self.encoding is None else self.encoding.encode(images, self.folder / "cache")
+    def _encoded(self, images: ImageData, encoding: Encoding | None) -> ImageData:
+        return images if encoding is None else encoding.encode(images, self.folder / "cache")
 
     def open_queries(self, queries: Images) -> ImageData:
         """Open query images, read them at the size of the training images, and encode them as those are."""
@@ -114,9 +114,13 @@ class RunFolder:
         settings = replace(self.data_settings, **columns)
         opened = concatenate([p if isinstance(p, ImageData) else open_images(p, settings) for p in given])
         if isinstance(queries, Queries):
-            opened = _with_prompts(opened, queries.prompts)
+            opened = _with_prompts(opened, queries.prompts, as_labels=self._reads == "labels")
             opened = opened if queries.mask is None else with_masks(opened, queries.mask, settings)
-        return opened if opened.encoding is not None else self._encoded(opened)
+        made_by = None if opened.encoding is None else opened.encoding.encoder
+        is_ours = self.encoding is not None and made_by == self.encoding.encoder.hash
+        # Mirroring and draws from the posterior are of training.
+        encoding = self.encoding and replace(self.encoding, mirrored=False, drawn=False)
+        return opened if is_ours else self._encoded(opened, encoding)
 
     def load_scores(self, queries: ImageData | None = None) -> tuple[list[Scores], ImageData, dict[str, Any]]:
         """Load what was traced last: scores, queries, settings.
@@ -203,8 +207,8 @@ class RunFolder:
         self._check_prompts(prompts)
         sampler = "euler" if self.subject.process.prediction_type == "flow" else "ddim"
         name = f"{sampler}{steps}-{count}-seed{seed}-step{last.step}-{last.content_hash()[:8]}"
-        if self._reads is not None:
-            name += f"-{sha256_of_json([prompts, guidance_scale])[:8]}"
+        if self.encoding is not None:
+            name += f"-{sha256_of_json([prompts, guidance_scale, self.encoding.encoder.hash])[:8]}"
         path = self.folder / "generated" / f"{name}{'-trajectory' if trajectory else ''}.safetensors"
         if not path.exists():
             texts = [prompt for prompt in prompts or [""] for _ in range(count)]
@@ -255,9 +259,10 @@ class RunFolder:
     def _told(self, texts: Sequence[str]) -> dict[str, Tensor] | None:
         if self.encoding is None or self._reads is None:
             return None
-        size = (self.train_images.height, self.train_images.width)
-        made = self.encoding.encoder.conditions(texts, size)
-        return {name: torch.from_numpy(values) for name, values in made.items()}
+        distinct = {text: k for k, text in enumerate(dict.fromkeys(texts))}
+        made = self.encoding.encoder.conditions(list(distinct), (self.train_images.height, self.train_images.width))
+        which = [distinct[text] for text in texts]
+        return {name: torch.from_numpy(values[which]) for name, values in made.items()}
 
     def check(self, *, device: str = "cpu") -> list[CheckRow]:
         """Compare the record with itself and with the checkpoints; see :mod:`whence.replay_check`.
@@ -302,8 +307,8 @@ class RunFolder:
             read_manifest(self.model / "record")  # raises, saying what is missing
 
 
-def _with_prompts(images: ImageData, prompts: Sequence[str]) -> ImageData:
-    """Give images captions: one for each, or one for all."""
+def _with_prompts(images: ImageData, prompts: Sequence[str], *, as_labels: bool) -> ImageData:
+    """Give images captions, or labels too: one for each, or one for all. They are to be encoded with these."""
     if not prompts:
         return images
     if len(prompts) not in (1, len(images)):
@@ -311,4 +316,5 @@ def _with_prompts(images: ImageData, prompts: Sequence[str]) -> ImageData:
             f"There must be one prompt for each query image, or one for all; found {len(prompts)} prompts for "
             f"{len(images)} images of {images.source}."
         )
-    return replace(images, captions=tuple(prompts) * (len(images) if len(prompts) == 1 else 1))
+    texts = tuple(prompts) * (len(images) if len(prompts) == 1 else 1)
+    return replace(images, captions=texts, labels=texts if as_labels else images.labels, encoding=None)

@@ -27,7 +27,8 @@ class Queries:
     mask: str | Path | None = None
     """Which part of them counts: one mask for all, or a folder with one for each; see :mod:`whence.regions`."""
     prompts: Sequence[str] = ()
-    """Their captions in the order of the images, one for each or one for all, instead of what comes with them."""
+    """Their captions (labels, of a model that is told these) in the order of the images, one for each or one for all,
+    instead of what comes with them."""
 
     def told(self) -> dict[str, Any]:
         """Give what is said beside the images, as JSON can hold it."""

@@ -313,6 +313,8 @@ def _recognise(
     subject: Subject, queries: ImageData, settings: CounterfactualSettings
 ) -> tuple[Sampling | None, list[str]]:
     """Find the queries that the model samples from the noise of their id, by sampling them again."""
+    if queries.encoding is not None and queries.encoding.latents is not None:
+        return None, ["The model samples latents, and a VAE makes images of them; losses are compared only."]
     checkpoint = subject.checkpoints[-1]
     model = load_model(checkpoint, allow_pickle=subject.allow_pickle, device=settings.devices[0])
     if model.config.sample_size is None:

@@ -98,12 +98,15 @@ class ImageData:
     @cached_property
     def seen_hashes(self) -> tuple[str, ...]:
         """Hash of all that counts of each image: pixels, what the model is told, and the region."""
-        hashes = [self.hashes]
-        if self.encoding is not None:
-            hashes.append(self.encoding.hashes)
+        return tuple(map("".join, zip(self.hashes, self.told_hashes, strict=True)))
+
+    @cached_property
+    def told_hashes(self) -> tuple[str, ...]:
+        """Hash of what counts of each image beside its pixels; empty where nothing does."""
+        hashes = [] if self.encoding is None else [self.encoding.hashes]
         if self.masks is not None:
             hashes.append(tuple(hash_pixels(mask[None]) for mask in self.masks))
-        return tuple(map("".join, zip(*hashes, strict=True)))
+        return tuple(map("".join, zip(*hashes, strict=True))) if hashes else ("",) * len(self)
 
     @cached_property
     def conversions(self) -> dict[str, int]:

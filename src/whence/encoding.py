@@ -7,6 +7,7 @@ The hash is that of the encoder, the images, their captions and of what is asked
 so that an encoding that was interrupted goes on.
 """
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,7 @@ def find_encoding(
     Raises:
         CheckpointError: If the network needs a pipeline that is not found.
         ConfigError: If something is needed that nothing says; all of it in one message.
+        DataError: If training had two prompts, and images do not say which is theirs.
     """
     own = own_encoding(encoder_of(checkpoint.folder))
     if own is not None:
@@ -177,7 +179,7 @@ def find_encoding(
     network = describe_network(checkpoint)
     check_model(network)
     needs = needed_conditions(network)
-    settings = _with_recorded(settings, record)
+    names_base, settings = settings.base is not None, _with_recorded(settings, record)
     pipeline = _pipeline_of(checkpoint, settings)
     if not needs and pipeline is None and channels_of(network) in (1, 3):
         return None
@@ -190,10 +192,19 @@ def find_encoding(
         if checkpoint.learned is not None:
             encoder = InversionEncoder(encoder, checkpoint.learned)
         reads = "captions" if needs else None
+        if needs:
+            _check_prior_prompts(images, record)
     if reads is None and not encoder.has_vae:
         return None
     flips = record is not None and bool(record.visits.flip.any() or record.probes.flip.any())
     drawn = record is not None and record.manifest.get("latents") == "sample"
+    other_vae = None if record is None else record.manifest["config"].get("pretrained_vae_model_name_or_path")
+    if encoder.has_vae and other_vae and not names_base:
+        warnings.warn(
+            f"Training encoded images by the VAE {other_vae}; here it is that of the pipeline. Where the two differ, "
+            "put that VAE into the vae/ folder of a copy of the pipeline and give it with --base.",
+            stacklevel=2,
+        )
     return Encoding(
         encoder,
         reads,
@@ -205,9 +216,23 @@ def find_encoding(
 
 
 def _told_one_caption(record: Record | None) -> bool:
-    """Tell a training of DreamBooth that read no captions."""
+    """Tell a training of DreamBooth that read no captions and had no class images, which have a prompt of their own."""
     config = {} if record is None else record.manifest["config"]
-    return config.get("instance_prompt") is not None and config.get("caption_column") is None
+    alike = config.get("caption_column") is None and not config.get("with_prior_preservation")
+    return alike and config.get("instance_prompt") is not None
+
+
+def _check_prior_prompts(images: ImageData, record: Record | None) -> None:
+    """Refuse a training with prior preservation whose images do not say which of the two prompts they were told."""
+    config = {} if record is None else record.manifest["config"]
+    told = images.captions or [""] * len(images)
+    without = [id_ for id_, text in zip(images.ids, told, strict=True) if not text]
+    if config.get("with_prior_preservation") and without:
+        raise DataError(
+            f"Training told instances {config.get('instance_prompt')!r} and class images "
+            f"{config.get('class_prompt')!r}; {len(without)} of {len(images)} images of {images.source} do not say "
+            f"which they are: {abbreviate(without)}. Give each its prompt in a metadata.jsonl beside the images."
+        )
 
 
 def _need_pipeline(

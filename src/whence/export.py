@@ -94,7 +94,8 @@ def _write_images(kept: ImageData, folder: Path) -> str:
             shutil.copyfile(path, target)
         return "images"
     if any(one is None for one in given) and not _are_bytes(kept):
-        save_arrays(folder / "images.safetensors", kept.pixels(range(len(kept))), kept.ids, kept.labels)
+        pixels = kept.pixels(range(len(kept)))
+        save_arrays(folder / "images.safetensors", pixels, kept.ids, kept.labels, captions=kept.captions)
         return "images.safetensors"
     _write_parquet(kept, given, folder / "train.parquet")
     return "train.parquet"

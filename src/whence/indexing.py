@@ -202,7 +202,7 @@ def notes_on_store(store: Store) -> list[str]:
 
 
 def content_hashes(images: ImageData) -> list[str]:
-    """Hash the pixels of each image, as float32, and what a conditional model is told of it.
+    """Hash the pixels of each image, as float32, what a conditional model is told of it, and its region.
 
     Returns:
         SHA-256, one per image.
@@ -211,10 +211,8 @@ def content_hashes(images: ImageData) -> list[str]:
     for start in range(0, len(images), _PIXELS_AT_ONCE):
         pixels = images.pixels(range(start, min(start + _PIXELS_AT_ONCE, len(images))))
         found += [hashlib.sha256(np.ascontiguousarray(image, "<f4").tobytes()).hexdigest() for image in pixels]
-    if images.encoding is None:
-        return found
-    told = images.encoding.hashes
-    return [hashlib.sha256(f"{one}{other}".encode()).hexdigest() for one, other in zip(found, told, strict=True)]
+    beside = zip(found, images.told_hashes, strict=True)
+    return [hashlib.sha256(f"{one}{other}".encode()).hexdigest() if other else one for one, other in beside]
 
 
 def _check_settings(settings: IndexSettings, part: Part | None) -> None:

@@ -42,6 +42,7 @@ from whence.progress import progress_bar
 from whence.sampling import sample_in_parts
 from whence.subject import Subject
 from whence.training import check_device
+from whence.words import encoder_of
 
 VERSION = 1
 """Raised when the same settings give other outputs."""
@@ -279,7 +280,7 @@ class ManyModels:
         checkpoint = list_checkpoints(folder, base=last.base_folder, lora_alpha=last.lora_alpha)[-1]
         check_files(checkpoint)
         scheduler = load_scheduler(checkpoint)
-        process = NoiseProcess.from_scheduler(scheduler)
+        process = NoiseProcess.from_scheduler(scheduler, self.process.objective)
         if process.content_hash != self.process.content_hash:
             raise RetrainingError(
                 f"the noise schedule or prediction type of the model in {folder} is not that of the run, so that their "
@@ -287,6 +288,7 @@ class ManyModels:
             )
         model = load_model(checkpoint, weights, allow_pickle=self.subject.allow_pickle, device=device)
         check_model(model)
+        self._check_encoder(checkpoint.folder)
         measured = measure_model(
             model, process, self.queries, self.grid, loss=self.subject.loss, batch_size=self.settings.batch_size
         )
@@ -297,6 +299,15 @@ class ManyModels:
             "model": np.array(checkpoint.content_hash(weights)),
             "made_with": np.array(json.dumps(made_with, sort_keys=True)),
         } | ({"images": self.sample(model, scheduler)} if self.sampling else {})
+
+    def _check_encoder(self, folder: Path) -> None:
+        """Refuse a model that is told other words, or whose labels are numbered otherwise, than the run's."""
+        own, encoding = encoder_of(folder), self.queries.encoding
+        if own is not None and (encoding is None or encoding.encoder != own.hash):
+            raise RetrainingError(
+                f"the model in {folder} knows other labels, or other vectors of words, than the run's, so that queries "
+                "would tell it something else. Train with the classes and the settings of words of the run."
+            )
 
     def sample(self, model: Any, scheduler: Any) -> ndarray:
         """Sample the images that are asked of every model: (sample, channel, height, width)."""

@@ -1,6 +1,6 @@
 """What a model gives for queries, on one grid of timesteps and noise that all models share.
 
-    loss             the training loss, mean over the elements of an image
+    loss             the training loss, mean over the elements of an image, with the weight of its timestep
     mse              mean squared error, whatever the loss
     squares          mean square of the prediction, which D-TRAK attributes
     simplified_elbo  T x mean of weight x mean squared error, in nats an element; see ``bound_weights``
@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int64, UInt64
 from numpy import ndarray
+from torch import Tensor
 
 from whence.config import LossName
 from whence.data import ImageData
 from whence.diffusion.adapters import predict
-from whence.diffusion.noise import noise_key, normals, scalar_draws
+from whence.diffusion.noise import noise_key, scalar_draws
 from whence.diffusion.objectives import bound_weights, sample_loss, sample_output
 from whence.diffusion.process import NoiseProcess
 from whence.errors import ConfigError, NumericsError
@@ -111,14 +112,15 @@ def measure_model(
     values = np.empty((3, *shape))
     flat = values.reshape(3, -1)
     with torch.no_grad():
-        for events, query, clean, noise, timesteps in _batches(queries, grid, batch_size):
-            clean, noise, timesteps = (part.to(model.device) for part in (clean, noise, timesteps))
+        for events, query, arrays in _batches(queries, process, grid, batch_size):
+            timesteps, clean, noise, seen = (array.to(model.device) for array in arrays)
             conditions = conditions_of(queries, query, device=model.device)
-            noisy = process.add_noise(clean, noise, timesteps)
+            noisy = process.add_noise(clean, seen, timesteps)
             prediction = predict(model, noisy, process.times(timesteps), conditions).double()
             target = process.target(clean, noise, timesteps).double()
             region = region_of(queries, query, dtype=torch.float64, device=model.device)
-            flat[0, events] = sample_loss(prediction, target, loss, region).cpu()
+            weight = process.loss_weight[timesteps.cpu()]
+            flat[0, events] = weight * sample_loss(prediction, target, loss, region).cpu()
             flat[1, events] = sample_loss(prediction, target, "mse", region).cpu()
             flat[2, events] = sample_output(prediction, target, "squares", loss, region).cpu()
     bad = np.argwhere(~np.isfinite(values))
@@ -136,9 +138,13 @@ def measure_model(
 
 
 def _batches(
-    queries: ImageData, grid: MeasuringGrid, batch_size: int
-) -> Iterator[tuple[slice, ndarray, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Give the events by query, timestep, pair and sign: their places, queries, clean images, noise, timesteps."""
+    queries: ImageData, process: NoiseProcess, grid: MeasuringGrid, batch_size: int
+) -> Iterator[tuple[slice, ndarray, list[Tensor]]]:
+    """Give the events by query, timestep, pair and sign.
+
+    Yields:
+        Their places and queries; and timesteps, clean images, noise, and what the noisy image is made of.
+    """
     num_queries, num_timesteps, num_pairs = grid.keys.shape
     num_events = num_queries * num_timesteps * num_pairs * 2
     for start in range(0, num_events, batch_size):
@@ -147,13 +153,7 @@ def _batches(
         rows, which = np.unique(query, return_inverse=True)
         clean = queries.inputs(rows)[which]
         drawn, of_event = np.unique(np.stack([query, timestep, pair]), axis=1, return_inverse=True)
-        noise = np.stack([normals(int(grid.keys[tuple(key)]), clean.shape[1:]) for key in drawn.T])[of_event.ravel()]
-        noise *= np.where(sign, -1, 1).astype(np.float32)[:, None, None, None]
-        times = grid.timesteps[query, timestep]
-        yield (
-            slice(start, start + len(places)),
-            query,
-            torch.from_numpy(clean),
-            torch.from_numpy(noise),
-            torch.from_numpy(times),
-        )
+        signs = np.where(sign, -1, 1).astype(np.float32)[:, None, None, None]
+        noise, seen = (n[of_event.ravel()] * signs for n in process.noise(grid.keys[tuple(drawn)], clean.shape[1:]))
+        arrays = (grid.timesteps[query, timestep], clean, noise, seen)
+        yield slice(start, start + len(places)), query, [torch.from_numpy(array) for array in arrays]

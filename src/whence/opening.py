@@ -59,7 +59,8 @@ def open_run(
     if (folder / "config.yaml").exists():
         known = _known_run(folder, data, data_settings, out, loss, allow_pickle)
         return _with_network_settings(known, conditioning, objective)
-    asked = _changed(ConditioningSettings(), conditioning)
+    kept = _kept_settings(Path(out) if out else folder)
+    asked = _changed(kept.get("conditioning", ConditioningSettings()), conditioning)
     base = None if asked.base is None else Path(asked.base)
     list_checkpoints(folder, base=base, lora_alpha=asked.lora_alpha)  # raises, saying what is accepted
     recorded = recorded_loss(folder)
@@ -78,6 +79,7 @@ def open_run(
         folder,
         recorded or loss or "mse",
         allow_pickle,
+        **kept,
     )
     check_config(run)
     write_config(run)
@@ -95,10 +97,12 @@ def _with_network_settings(
         conditioning=_changed(run.conditioning, conditioning),
         objective=_changed(run.objective or ObjectiveSettings(), objective) if objective else run.objective,
     )
-    if changed.objective is not None and (run.model / "record" / "manifest.json").exists():
-        said = [
-            name for name, value in asdict(changed.objective).items() if value != getattr(ObjectiveSettings(), name)
-        ]
+    said = [
+        name
+        for name, value in asdict(changed.objective or ObjectiveSettings()).items()
+        if value != getattr(ObjectiveSettings(), name)
+    ]
+    if said and (run.model / "record" / "manifest.json").exists():
         raise ConfigError(
             f"{run.model} has a record, which says what training added to noise and loss. Leave out {', '.join(said)}."
         )
@@ -166,8 +170,7 @@ def _known_run(
             DataSettings(**config["data"]["settings"]),
             model,
             config["loss"],
-            conditioning=_from_yaml(ConditioningSettings, config.get("conditioning")),
-            objective=_from_yaml(ObjectiveSettings, config["objective"]) if config.get("objective") else None,
+            **_network_settings(config),
         )
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
         raise ConfigError(f"{folder / 'config.yaml'} is not a configuration of whence: {error!r}.") from error
@@ -195,6 +198,25 @@ def _changed(settings: SettingsT, changes: SettingsT | Mapping[str, Any] | None)
         values: dict[str, Any] = {str(name): value for name, value in changes.items()}
         return replace(settings, **values)
     return changes or settings
+
+
+def _kept_settings(folder: Path) -> dict[str, Any]:
+    """Give what a folder was opened with before, of latents, conditions and objective; nothing for a new one."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return {}
+    try:
+        return _network_settings(yaml.safe_load(path.read_text()))
+    except (OSError, ValueError, yaml.YAMLError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is not a configuration of whence ({error!r}). Choose another folder; it is left as it is."
+        ) from error
+
+
+def _network_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    found = {"conditioning": _from_yaml(ConditioningSettings, config.get("conditioning"))}
+    objective = config.get("objective")
+    return found | ({"objective": _from_yaml(ObjectiveSettings, objective)} if objective else {})
 
 
 def _from_yaml(kind: type[SettingsT], found: Mapping[str, Any] | None) -> SettingsT:

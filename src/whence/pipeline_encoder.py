@@ -5,7 +5,6 @@ its configuration says. Nothing is downloaded: the pipeline is a folder with a `
 """
 
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from whence._files import sha256_of_file, sha256_of_json
-from whence._model_files import quiet_libraries
+from whence._model_files import quiet_libraries, read_json
 from whence.config import ConditioningSettings
 from whence.encoded import AbstractEncoder, Arrays, Latents
 from whence.errors import CheckpointError, ConfigError
@@ -57,7 +56,7 @@ class PipelineEncoder(AbstractEncoder):
     @cached_property
     def _index(self) -> dict[str, list[Any]]:
         """Library and class of each part; None for those that the pipeline lacks."""
-        index = json.loads((self.folder / "model_index.json").read_text())
+        index = read_json(self.folder / "model_index.json")
         return {name: of for name, of in index.items() if isinstance(of, list)}
 
     @property
@@ -77,12 +76,14 @@ class PipelineEncoder(AbstractEncoder):
     @cached_property
     def _hash(self) -> str:
         """Hash the files of VAE, tokenizers and text encoders, and of the settings that change what they give."""
-        files = [
-            f
-            for name in (*_AUTOENCODERS, *_OF_TEXT)
-            if name in self.parts
-            for f in sorted((self.folder / name).iterdir())
-        ]
+        names = [name for name in (*_AUTOENCODERS, *_OF_TEXT) if name in self.parts]
+        missing = [name for name in names if not (self.folder / name).is_dir()]
+        if missing:
+            raise CheckpointError(
+                f"model_index.json in {self.folder} names {', '.join(missing)}, whose folders are missing. Restore "
+                "them, or give the whole pipeline with --base."
+            )
+        files = [f for name in names for f in sorted((self.folder / name).iterdir())]
         known = {f"{f.parent.name}/{f.name}": sha256_of_file(f) for f in files if f.is_file()}
         asked = [self.settings.guidance_scale, self.settings.max_sequence_length]
         return sha256_of_json([self.network, known, asked])

@@ -62,8 +62,9 @@ class AbstractQuerySide(ABC):
 
     def __init__(self, work: Workload, store: Store, cache: Path):
         self.work, self.store, self.cache = work, store, cache
-        on_path = isinstance(work.query_grid, Trajectory) and work.queries.trajectories
-        contents = on_path.hashes if on_path else content_hashes(work.queries)
+        contents = content_hashes(work.queries)
+        if isinstance(work.query_grid, Trajectory) and work.queries.trajectories is not None:
+            contents = list(map("".join, zip(work.queries.trajectories.hashes, contents, strict=True)))
         shared = [vars(work.query_grid), work.outputs[1], *self._depends_on()]
         self.keys = [
             sha256_of_json([store.spec_sha256, query_id, content, *shared])[:16]

@@ -19,12 +19,13 @@ from numpy import ndarray
 from torch import Tensor
 
 from whence._files import sha256_of_json
-from whence._store_checks import name_ids
+from whence._store_checks import check_same_content, name_ids
 from whence.assembly import make_scores, split_products
 from whence.attribution import TraceWork, load_own_scores, notes_on, notes_on_solutions, prepare
 from whence.config import QuerySettings
 from whence.data import ImageData
 from whence.errors import ConfigError, StoreError
+from whence.indexing import content_hashes
 from whence.methods.frame import Baseline, Method, RidgeInverse
 from whence.preconditioning import Preconditioner, factors_after, prepare_preconditioner
 from whence.query_vectors import QueryVectors, make_query_side
@@ -39,6 +40,9 @@ from whence.workload import Workload
 
 VECTOR_BYTES = 4 * 2**30
 """Projected sums of queries that are held at once; beyond it, queries take turns, each a pass over the store."""
+
+_LOOKED_AT = 256
+"""Training images whose content is compared with that in the store."""
 
 
 def query(
@@ -164,6 +168,7 @@ class _StoredPass:
 
     def scores(self) -> list[Scores]:
         """Compute all scores of all methods."""
+        self._check_contents()
         self.queries.fill(self.show_progress)
         results = {method: _Result(self.work) for method in self.work.methods}
         groups = group_shards(self.store, self.steps)
@@ -177,6 +182,7 @@ class _StoredPass:
 
     def top(self, k: int) -> list[TopScores]:
         """Compute the largest scores of all methods, one after the other."""
+        self._check_contents()
         self.queries.fill(self.show_progress)
         self._check_ids(group_shards(self.store, self.steps))
         return [self._top_of_method(method, k) for method in self.work.methods]
@@ -271,6 +277,16 @@ class _StoredPass:
         found = {step: self._preconditioner(method, step) for step in self.steps}
         ridges = {str(step): one.describe() for step, one in found.items() if one is not None}
         return {"preconditioners": ridges}
+
+    def _check_contents(self) -> None:
+        """Refuse a store of other images under the same ids, by some of them.
+
+        Another encoder or other captions change many at once, so that not all need to be decoded.
+        """
+        train = self.work.subject.train
+        few = train.select(np.linspace(0, len(train) - 1, min(len(train), _LOOKED_AT)).astype(np.int64))
+        contents = dict(zip(few.ids, content_hashes(few), strict=True))
+        check_same_content([shard for step in self.steps for shard in self.store.shards(step)], contents)
 
     def _check_ids(self, groups: list[list[Shard]]) -> None:
         """Refuse a store of more or fewer images than there are."""

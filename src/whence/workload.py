@@ -428,7 +428,7 @@ def fill_in_steps(method: Method | Baseline, queries: ImageData) -> Method | Bas
         The declaration.
 
     Raises:
-        ConfigError: If the queries have no trajectories, or not at the same timesteps.
+        ConfigError: If the queries have no trajectories, not at the same timesteps, or of what the model does not see.
     """
     if isinstance(method, Baseline) or not isinstance(method.query.events, Trajectory):
         return method
@@ -441,6 +441,14 @@ def fill_in_steps(method: Method | Baseline, queries: ImageData) -> Method | Bas
     steps, asked = len(queries.trajectories.timesteps), method.query.events.steps
     if asked not in (0, steps):
         raise ConfigError(f"{method.name} asks for {asked} steps of a trajectory, {queries.source} has {steps}.")
+    sampled, seen = queries.trajectories.frames.shape[2:], queries.input_shape
+    in_latents = queries.encoding is not None and queries.encoding.latents is not None
+    if sampled != seen or queries.trajectories.of_latents != in_latents:
+        kinds = ["latents" if latents else "images" for latents in (queries.trajectories.of_latents, in_latents)]
+        raise ConfigError(
+            f"The trajectories of {queries.source} are of {kinds[0]} of {sampled} (channels, height, width); the model "
+            f"sees {kinds[1]} of {seen}. Follow those that this model sampled, by `whence sample RUN --trajectory`."
+        )
     events = replace(method.query.events, steps=steps)
     return replace(method, query=replace(method.query, events=events))
 

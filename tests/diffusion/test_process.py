@@ -160,6 +160,7 @@ def test_a_noise_offset_shifts_noise_and_target_and_perturbation_the_input_alone
         (DDPMScheduler(), {"weighting_scheme": "mode"}, "mode is of flow matching. Leave it out"),
         (DDPMScheduler(), {"precondition_outputs": True}, "precondition_outputs is of flow matching"),
         (FlowMatchEulerDiscreteScheduler(), {"snr_gamma": 5.0}, "snr_gamma weighs models of noise"),
+        (EDMEulerScheduler(), {"snr_gamma": 5.0}, "snr_gamma weighs models of noise"),
         (DDPMScheduler(), {"snr_gamma": -1.0}, "snr_gamma must be above 0, found -1.0"),
         (DDPMScheduler(), {"noise_offset": -0.1}, "noise_offset must not be negative"),
     ],

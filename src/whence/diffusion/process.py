@@ -224,7 +224,7 @@ def _check_objective(process: NoiseProcess, scheduler_name: str) -> None:
     """Refuse settings that have no effect on this kind of model: they were meant for another one."""
     asked, faults = process.objective, []
     check_choice("weighting_scheme", asked.weighting_scheme, WeightingScheme)
-    if process.prediction_type == "flow" and asked.snr_gamma is not None:
+    if process.prediction_type in ("flow", "edm") and asked.snr_gamma is not None:
         faults.append("snr_gamma weighs models of noise, v or clean images")
     if process.prediction_type != "flow" and asked.weighting_scheme != "none":
         faults.append(f"weighting_scheme {asked.weighting_scheme} is of flow matching")
