@@ -316,6 +316,19 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="is not whole: missing are .*final_layer_norm"):
             load_model(list_checkpoints(output, base=other)[0])
 
+    def test_a_text_encoder_in_a_pickle(self, base: Path, output: Path, tmp_path: Path):
+        other = shutil.copytree(base, tmp_path / "other")
+        (path,) = (other / "text_encoder").glob("*.safetensors")
+        torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+        path.unlink()
+        checkpoint = list_checkpoints(output, base=other)[0]
+        with pytest.raises(CheckpointError, match="is a pickle.*--allow-pickle"):
+            load_model(checkpoint)
+        model = load_model(checkpoint, allow_pickle=True)
+        want = load_model(list_checkpoints(output, base=base)[0])
+        for name, value in want.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+
     def test_a_text_encoder_of_another_class(self, base: Path, output: Path, tmp_path: Path):
         other = shutil.copytree(base, tmp_path / "other")
         path = other / "text_encoder" / "config.json"

@@ -169,6 +169,12 @@ def load_text_encoder(folder: Path, *, allow_pickle: bool = False) -> Any:
 
     transformers = _import_transformers()
     _check_class(folder)
+    pickle = next(iter(sorted(folder.glob("*.bin"))), None)
+    if pickle is not None and not allow_pickle and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{pickle} is a pickle, which can run code when it is opened. Save the pipeline again with "
+            "safe_serialization=True, or pass --allow-pickle if you trust its source."
+        )
     try:
         with quiet_libraries(), torch.random.fork_rng(devices=[]):
             model, about = transformers.CLIPTextModel.from_pretrained(
