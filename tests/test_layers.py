@@ -43,10 +43,13 @@ LAYER_OF = {
     "regions": "artifacts",
     "encoding": "stages",
     "pipeline_encoder": "stages",
+    "inversion_encoder": "stages",
     "ensembles": "artifacts",
     "ground_truth": "artifacts",
     "checkpoints": "checkpoints",
     "lora": "checkpoints",
+    "textual_inversion": "checkpoints",
+    "inverted_unet": "checkpoints",
     "_model_files": "checkpoints",
     # stages: loops that turn one artifact into the next
     "training": "stages",

@@ -36,7 +36,7 @@ def make_lora(kind: str, folder: Path) -> Path:
 
 
 def open_lora(kind: str, folder: Path, **more: Any) -> Any:
-    told = {"base": str(folder / "base"), "caption": "sks dog"} | ({"guidance_scale": 3.5} if kind == "flux" else {})
+    told = {"base": str(folder / "base"), "caption": "sks dog"}
     run = open_run(make_lora(kind, folder), data="demo", out=folder / "out", conditioning=told | more)
     run.__dict__["opened_images"] = make_images(captions=None)
     return run

@@ -1,9 +1,14 @@
-"""Reading the files of a model, with errors that say what to do."""
+"""Reading the files of a model, and making it, with errors that say what to do."""
 
+import importlib
+import importlib.util
 import json
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from whence.errors import CheckpointError
 
@@ -41,6 +46,18 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
         return load_file(path)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Restore it or leave this checkpoint out.") from error
+
+
+def hash_tensors(tensors: "Mapping[str, Tensor]") -> str:
+    """Hash names, types, shapes and values of tensors, in whatever order they come."""
+    import torch
+
+    digest = sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -113,3 +130,65 @@ def _read_pickle(path: Path) -> "dict[str, Tensor]":
             "model's state_dict() alone."
         )
     return state
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep diffusers and transformers from showing bars of their own, and notes on parts that are not used here."""
+    libraries = [importlib.import_module("diffusers.utils.logging")]
+    if importlib.util.find_spec("transformers") is not None:
+        libraries.append(importlib.import_module("transformers.utils.logging"))
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, verbosity, shown in before:
+            library.set_verbosity(verbosity)
+            if shown:
+                library.enable_progress_bar()
+
+
+def make_from_config(path: Path, config: dict[str, Any], kind: Literal["model", "scheduler"]) -> Any:
+    """Make a ``diffusers`` object of the class that its configuration names.
+
+    Args:
+        path: Where the configuration is, for messages.
+        config: What is in it.
+        kind: What the class must be.
+
+    Returns:
+        The object; the weights of a model are drawn.
+
+    Raises:
+        CheckpointError: If diffusers does not know the class, or cannot make it from the configuration.
+    """
+    import diffusers
+    import torch
+
+    name = config.get("_class_name")
+    made_of = getattr(diffusers, str(name), None)
+    if not isinstance(made_of, type) or not hasattr(made_of, "from_config"):
+        raise CheckpointError(f"{path} names class {name!r}, unknown to diffusers.")
+    if not issubclass(made_of, getattr(diffusers, "ModelMixin" if kind == "model" else "SchedulerMixin")):
+        raise CheckpointError(f"{path} must name a class of {kind}s; {name} of diffusers is not one. Restore the file.")
+    try:
+        with quiet_diffusers(), torch.random.fork_rng(devices=[]):  # weights are drawn, then replaced
+            return made_of.from_config(config)
+    except Exception as error:  # a constructor raises whatever it likes about values that it does not know
+        raise CheckpointError(f"No {name} can be made from {path}: {error}") from error
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Keep diffusers from reporting configuration keys that it does not use, and casts that change nothing."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -9,25 +9,34 @@
 
 Folders that ``accelerate`` and the ``diffusers`` example scripts write (``checkpoint-<step>/unet`` or ``transformer``,
 a pipeline with ``model_index.json``, a single model folder) open as they are, and so do those of a LoRA
-(:mod:`whence.lora`), whose base lies elsewhere. torch and diffusers are imported only when a model is loaded.
+(:mod:`whence.lora`) and of textual inversion (:mod:`whence.textual_inversion`), whose base lies elsewhere. torch and
+diffusers are imported only when a model is loaded.
 """
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from whence._files import publish_folder, sha256_of_file, sha256_of_json, write_json
-from whence._model_files import WEIGHTS_FILE, read_json, read_weights
+from whence._model_files import WEIGHTS_FILE, make_from_config, quiet_diffusers, read_json, read_weights
 from whence.config import WeightsName
 from whence.errors import CheckpointError, NumericsError, check_choice
 from whence.lora import NETWORKS, LoraFiles, add_lora, find_base, find_lora, save_lora
 from whence.record import read_manifest
+from whence.textual_inversion import (
+    LearnedEmbeddings,
+    describe_text_encoder,
+    find_embeddings,
+    find_inverted_base,
+    find_series,
+    invert,
+    load_text_encoder,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +52,7 @@ class Checkpoint:
     """Optimizer steps taken; 0 for a lone model whose step is not known."""
     folder: Path
     model_folder: Path
-    """Raw weights; of a LoRA, those of its base."""
+    """Raw weights; of a LoRA or of learned embeddings, those of the base's network."""
     ema_folder: Path | None
     """Moving average of the weights, or None."""
     lora: LoraFiles | None = None
@@ -51,10 +60,13 @@ class Checkpoint:
     lora_alpha: float | None = None
     """Alpha of the adapters, where the user says it."""
 
+    learned: LearnedEmbeddings | None = None
+    """Embeddings of textual inversion, where the checkpoint holds these alone."""
+
     @property
     def base_folder(self) -> Path | None:
-        """Folder of the network that a LoRA adapts, or None."""
-        return self.model_folder if self.lora else None
+        """Folder of the network that a LoRA adapts, or that embeddings were learned for; or None."""
+        return self.model_folder if self.lora or self.learned else None
 
     def weights_folder(self, weights: WeightsName) -> Path:
         """Give the folder of the raw or of the averaged weights.
@@ -68,8 +80,9 @@ class Checkpoint:
         check_choice("weights", weights, WeightsName)
         if weights == "raw":
             return self.model_folder
-        if self.lora is not None:
-            raise CheckpointError(f"{self.folder} holds a LoRA, of which there is no moving average. Use raw weights.")
+        if self.base_folder is not None:
+            kind = "a LoRA" if self.lora else "embeddings of textual inversion"
+            raise CheckpointError(f"{self.folder} holds {kind}, of which there is no moving average. Use raw weights.")
         if self.ema_folder is None:
             raise CheckpointError(
                 f"{self.folder} has no averaged weights (no unet_ema). Use the raw ones, or train with --ema-decay."
@@ -77,13 +90,27 @@ class Checkpoint:
         return self.ema_folder
 
     def content_hash(self, weights: WeightsName = "raw") -> str:
-        """Hash what a gradient depends on: the model's configuration and its weights, and the adapters of a LoRA."""
-        files = sorted(self.weights_folder(weights).iterdir())
-        kept = [f for f in files if f.suffix in (".json", ".safetensors", ".bin")]
-        if self.lora is None:
-            return sha256_of_json({f.name: sha256_of_file(f) for f in kept})
-        base = {f.name: _hash_of_base_file(f, f.stat().st_mtime_ns, f.stat().st_size) for f in kept}
-        return sha256_of_json({"base": base, "lora": self.lora.content_hash, "alpha": self.lora_alpha})
+        """Hash what a gradient depends on: the model's configuration and its weights, adapters, embeddings."""
+        kept = _model_files_in(self.weights_folder(weights))
+        if self.lora is not None:
+            base = _hashes_of_base(kept)
+            return sha256_of_json({"base": base, "lora": self.lora.content_hash, "alpha": self.lora_alpha})
+        if self.learned is not None:
+            base = [_hashes_of_base(kept), _hashes_of_base(_model_files_in(_text_encoder_of(self)))]
+            return sha256_of_json({"base": base, "learned": self.learned.content_hash})
+        return sha256_of_json({f.name: sha256_of_file(f) for f in kept})
+
+
+def _text_encoder_of(checkpoint: Checkpoint) -> Path:
+    return checkpoint.model_folder.parent / "text_encoder"
+
+
+def _model_files_in(folder: Path) -> list[Path]:
+    return [f for f in sorted(folder.iterdir()) if f.suffix in (".json", ".safetensors", ".bin")]
+
+
+def _hashes_of_base(files: Sequence[Path]) -> dict[str, str]:
+    return {f.name: _hash_of_base_file(f, f.stat().st_mtime_ns, f.stat().st_size) for f in files}
 
 
 @lru_cache(maxsize=64)
@@ -98,15 +125,15 @@ def list_checkpoints(path: Path, *, base: Path | None = None, lora_alpha: float 
     Args:
         path: A run of whence, a training output folder with ``checkpoint-<step>`` folders, one checkpoint, a saved
             pipeline, or a saved model.
-        base: What a LoRA adapts: a saved pipeline, or a model. Default: the folder that the record names as
-            ``pretrained_model_name_or_path``. Whole weights need none.
+        base: What a LoRA adapts, or embeddings were learned for: a saved pipeline, or a model. Default: the folder
+            that the record names as ``pretrained_model_name_or_path``. Whole weights need none.
         lora_alpha: Alpha of a LoRA whose files do not say it.
 
     Returns:
         At least one checkpoint. Folders that were not finished are left out.
 
     Raises:
-        CheckpointError: If there is none, two have the same step, or the base of a LoRA is not found.
+        CheckpointError: If there is none, two have the same step, or a base is not found.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder. Give a run, a checkpoint folder or a saved diffusers model.")
@@ -121,19 +148,29 @@ def list_checkpoints(path: Path, *, base: Path | None = None, lora_alpha: float 
                 raise CheckpointError(f"{left.folder} and {right.folder} have the same step. Remove one of them.")
         if found:
             return _on_base(found, path, base, lora_alpha)
+    if series := find_series(path):
+        return _on_base([Checkpoint(n, path, path, None, learned=e) for n, e in series.items()], path, base, lora_alpha)
     step = re.fullmatch(r"checkpoint-(\d+)", path.resolve().name)
     lone = _as_checkpoint(path, int(step[1]) if step else 0)
     if lone is None:
         contents = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "nothing"
         raise CheckpointError(
-            f"{path} holds no checkpoint: expected checkpoint-<step> folders, a unet or transformer folder, a LoRA, or "
-            f"a config.json beside {WEIGHTS_FILE}; found {contents}."
+            f"{path} holds no checkpoint: expected checkpoint-<step> folders, a unet or transformer folder, a LoRA, "
+            f"learned_embeds.safetensors, or a config.json beside {WEIGHTS_FILE}; found {contents}."
         )
     return _on_base([lone], path, base, lora_alpha)
 
 
 def _as_checkpoint(folder: Path, step: int) -> Checkpoint | None:
-    lora = find_lora(folder)
+    lora, learned = find_lora(folder), find_embeddings(folder)
+    if learned is not None and lora is not None:
+        raise CheckpointError(
+            f"{folder} holds a LoRA, {lora.weights.name}, beside embeddings of textual inversion, "
+            f"{learned.weights.name}. whence takes gradients of one of them, on a base that did not change. Train one "
+            "of them alone."
+        )
+    if learned is not None:
+        return Checkpoint(step, folder, folder, None, learned=learned)
     names = [name for name in NETWORKS if (folder / name / "config.json").exists()]
     if len(names) > 1:
         raise CheckpointError(f"{folder} holds both unet and transformer. Give the folder of the one to be traced.")
@@ -154,12 +191,24 @@ def _as_checkpoint(folder: Path, step: int) -> Checkpoint | None:
 
 
 def _on_base(found: list[Checkpoint], path: Path, base: Path | None, lora_alpha: float | None) -> list[Checkpoint]:
-    """Say of what base the LoRAs among some checkpoints are."""
+    """Say on what base the LoRAs or embeddings among some checkpoints are."""
+    learned = [c for c in found if c.learned is not None]
+    if learned and len(learned) < len(found):
+        other = next(c for c in found if c.learned is None)
+        raise CheckpointError(
+            f"{learned[0].folder} holds embeddings of textual inversion, {other.folder} other weights. Move one "
+            "kind away."
+        )
     loras = [c for c in found if c.lora is not None]
     if not loras:
         if lora_alpha is not None:
-            raise CheckpointError(f"{path} holds whole weights and no LoRA. Leave --lora-alpha out.")
-        return found
+            kind = "embeddings of textual inversion" if learned else "whole weights"
+            raise CheckpointError(f"{path} holds {kind} and no LoRA. Leave --lora-alpha out.")
+        if not learned:
+            return found
+        whole = (path / "model_index.json").exists()  # the script saved the pipeline around its embeddings
+        base = base or (path if whole else _recorded_base(path, learned[0]))
+        return [replace(c, model_folder=find_inverted_base(base, c.learned)) for c in found if c.learned is not None]
     if len(loras) < len(found):
         whole = next(c for c in found if c.lora is None)
         raise CheckpointError(f"{loras[0].folder} holds a LoRA, {whole.folder} whole weights. Move one kind away.")
@@ -170,16 +219,20 @@ def _on_base(found: list[Checkpoint], path: Path, base: Path | None, lora_alpha:
 
 
 def _recorded_base(path: Path, checkpoint: Checkpoint) -> Path:
-    """Look up the base of a LoRA in the record of its training, or in what peft keeps beside it."""
+    """Look up a base in the record of its training, or in what peft keeps beside it."""
     records = [place / "record" for place in (path, path.parent, path.parent.parent)]
     record = next((r for r in records if (r / "manifest.json").exists()), None)
     named = read_manifest(record)["config"].get("pretrained_model_name_or_path") if record else None
-    assert checkpoint.lora is not None
-    if named is None and checkpoint.lora.config is not None:
+    if named is None and checkpoint.lora is not None and checkpoint.lora.config is not None:
         named = checkpoint.lora.settings.get("base_model_name_or_path")
     if named and Path(named).is_dir():
         return Path(named)
     found = f" It was trained on {named}, which is no folder here." if named else ""
+    if checkpoint.lora is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds embeddings of textual inversion, which say nothing without the pipeline that "
+            f"they were learned for.{found} Give the folder of that pipeline with --base."
+        )
     raise CheckpointError(
         f"{checkpoint.folder} holds a LoRA, which says nothing without the model that it adapts.{found} Give the "
         "folder of that model, a saved pipeline or the network alone, with --base."
@@ -225,10 +278,11 @@ def load_model(
         allow_pickle: Also read ``.bin`` files, with torch's ``weights_only=True``.
         device: Torch device.
         dtype: Name of a torch type.
-        bases: Where the base of a LoRA is kept for the next checkpoint; models share its tensors. The last one stays.
+        bases: Where a base is kept for the next checkpoint; models share its tensors. The last one stays.
 
     Returns:
-        The model. That of a LoRA has trainable adapters on a frozen base.
+        The model. That of a LoRA has trainable adapters on a frozen base; that of learned embeddings is an
+        :class:`~whence.inverted_unet.InvertedUNet`.
 
     Raises:
         CheckpointError: If files are missing, damaged or pickled, or do not fit the configuration.
@@ -237,16 +291,23 @@ def load_model(
     import torch
 
     folder = checkpoint.weights_folder(weights)
-    if checkpoint.lora is None:
+    if checkpoint.base_folder is None:
         return _load_whole(folder, allow_pickle, device, dtype)
     key, kept = (folder, device, dtype), {} if bases is None else bases
     if key not in kept:
         kept.clear()
-        kept[key] = _load_whole(folder, allow_pickle, device, dtype).requires_grad_(False)
-    tensors = chain(kept[key].parameters(), kept[key].buffers())
-    model = copy.deepcopy(kept[key], {id(tensor): tensor for tensor in tensors})
+        parts = [_load_whole(folder, allow_pickle, device, dtype)]
+        if checkpoint.learned is not None:
+            text_encoder = load_text_encoder(_text_encoder_of(checkpoint), allow_pickle=allow_pickle)
+            parts.append(text_encoder.to(device, getattr(torch, dtype)))
+        kept[key] = [part.requires_grad_(False) for part in parts]
+    tensors = [tensor for part in kept[key] for tensor in chain(part.parameters(), part.buffers())]
+    model, *text_encoders = copy.deepcopy(kept[key], {id(tensor): tensor for tensor in tensors})
     with quiet_diffusers():
-        add_lora(model, checkpoint.lora, checkpoint.lora_alpha)
+        if checkpoint.lora is not None:
+            add_lora(model, checkpoint.lora, checkpoint.lora_alpha)
+        if checkpoint.learned is not None:
+            model = invert(model, text_encoders[0], checkpoint.learned)
         return model.to(device, getattr(torch, dtype)).eval()
 
 
@@ -255,7 +316,7 @@ def _load_whole(folder: Path, allow_pickle: bool, device: str, dtype: str) -> An
 
     config = _read_config(folder)
     state = read_weights(folder, allow_pickle)
-    model = _make_from_config(folder / "config.json", config, "model")
+    model = make_from_config(folder / "config.json", config, "model")
     _check_fits(folder, {k: v.shape for k, v in model.state_dict().items()}, {k: v.shape for k, v in state.items()})
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -281,7 +342,10 @@ def describe_network(checkpoint: Checkpoint) -> Any:
 
     folder = checkpoint.model_folder
     with torch.device("meta"):
-        return _make_from_config(folder / "config.json", _read_config(folder), "model")
+        network = make_from_config(folder / "config.json", _read_config(folder), "model")
+    if checkpoint.learned is None:
+        return network
+    return invert(network, describe_text_encoder(_text_encoder_of(checkpoint)), checkpoint.learned)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -331,7 +395,8 @@ def check_same_architecture(checkpoints: Sequence[Checkpoint], weights: WeightsN
 
 def _architecture(checkpoint: Checkpoint, weights: WeightsName) -> dict[str, Any]:
     config = _read_config(checkpoint.weights_folder(weights))
-    return config if checkpoint.lora is None else config | checkpoint.lora.architecture
+    of_base = checkpoint.lora or checkpoint.learned
+    return config if of_base is None else config | of_base.architecture
 
 
 def load_scheduler(checkpoint: Checkpoint) -> Any:
@@ -362,7 +427,7 @@ def load_scheduler(checkpoint: Checkpoint) -> Any:
     return (
         scheduler_of_record(path, config)
         if path.name == "manifest.json"
-        else _make_from_config(path, config, "scheduler")
+        else make_from_config(path, config, "scheduler")
     )
 
 
@@ -382,7 +447,7 @@ def scheduler_of_record(path: Path, manifest: Mapping[str, Any]) -> Any:
     recorded = manifest.get("scheduler")
     if not isinstance(recorded, dict) or not isinstance(recorded.get("config"), dict):
         raise CheckpointError(f"{path} does not say which scheduler training had. Restore it or train again.")
-    return _make_from_config(path, recorded["config"] | {"_class_name": recorded.get("class")}, "scheduler")
+    return make_from_config(path, recorded["config"] | {"_class_name": recorded.get("class")}, "scheduler")
 
 
 def save_checkpoint(
@@ -444,34 +509,3 @@ def save_checkpoint(
     checkpoint = _as_checkpoint(target, step)
     assert checkpoint is not None  # its weights have just been written
     return checkpoint
-
-
-def _make_from_config(path: Path, config: dict[str, Any], kind: Literal["model", "scheduler"]) -> Any:
-    """Make a ``diffusers`` object of the class that its configuration names."""
-    import diffusers
-    import torch
-
-    name = config.get("_class_name")
-    made_of = getattr(diffusers, str(name), None)
-    if not isinstance(made_of, type) or not hasattr(made_of, "from_config"):
-        raise CheckpointError(f"{path} names class {name!r}, unknown to diffusers.")
-    if not issubclass(made_of, getattr(diffusers, "ModelMixin" if kind == "model" else "SchedulerMixin")):
-        raise CheckpointError(f"{path} must name a class of {kind}s; {name} of diffusers is not one. Restore the file.")
-    try:
-        with quiet_diffusers(), torch.random.fork_rng(devices=[]):  # weights are drawn, then replaced
-            return made_of.from_config(config)
-    except Exception as error:  # a constructor raises whatever it likes about values that it does not know
-        raise CheckpointError(f"No {name} can be made from {path}: {error}") from error
-
-
-@contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Keep diffusers from reporting configuration keys that it does not use, and casts that change nothing."""
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

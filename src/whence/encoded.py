@@ -160,6 +160,17 @@ class AbstractEncoder(ABC):
         """Whether the empty text, which stands for a condition that is withheld, is a condition too."""
         return True
 
+    def fault_of(self, texts: Sequence[str]) -> str | None:
+        """Say why captions or labels are of no use to the network, all together; None where they are of use.
+
+        Args:
+            texts: Of all images; the empty one stands for none.
+
+        Returns:
+            A message that goes on from "The captions of <source>".
+        """
+        return None
+
     def latents(self, pixels: Float32[ndarray, "row channel height width"], *, with_deviation: bool) -> Latents:
         """Encode images.
 

@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 
 from whence._files import sha256_of_file, sha256_of_json
-from whence.checkpoints import quiet_diffusers
+from whence._model_files import quiet_diffusers
 from whence.data import ImageData
 from whence.errors import ConfigError
 from whence.methods.frame import Baseline, BaselineKind

@@ -23,6 +23,7 @@ from whence.data import ImageData, abbreviate
 from whence.diffusion.adapters import channels_of, check_model, needed_conditions
 from whence.encoded import AbstractEncoder, Arrays, Conditions, Encoded, Latents
 from whence.errors import CheckpointError, ConfigError, DataError
+from whence.inversion_encoder import InversionEncoder
 from whence.pipeline_encoder import PipelineEncoder
 from whence.progress import progress_bar
 from whence.record import Record
@@ -85,6 +86,9 @@ class Encoding:
         found = images.captions if self.reads == "captions" else images.labels
         instead = (self.caption if self.reads == "captions" else None) or ""
         texts = [text or instead for text in found or [""] * len(images)]
+        fault = self.encoder.fault_of(texts)
+        if fault is not None:
+            raise DataError(f"The {self.reads} of {images.source} {fault}")
         empty = [images.ids[row] for row, text in enumerate(texts) if not text]
         nothing_said = len(empty) == len(images) and not found
         if empty and (not self.encoder.knows_none or nothing_said):
@@ -188,6 +192,8 @@ def find_encoding(
         reads = "labels"
     else:
         encoder = _need_pipeline(pipeline, network, needs, settings, checkpoint, device)
+        if checkpoint.learned is not None:
+            encoder = InversionEncoder(encoder, checkpoint.learned)
         reads = "captions" if needs else None
         if needs:
             _check_prior_prompts(images, record)
@@ -304,7 +310,7 @@ def _class_encoder(
 def _pipeline_of(checkpoint: Checkpoint, settings: ConditioningSettings) -> Path | None:
     """Find the pipeline's folder: the one that was named, or one around the checkpoint."""
     if settings.base is not None:
-        # A LoRA may be given its network alone, which lies in the pipeline's folder.
+        # What adapts a network may be given that alone, which lies in the pipeline's folder.
         named = Path(settings.base)
         inside = not (named / "model_index.json").exists() and (named.parent / "model_index.json").exists()
         return named.parent if inside else named

@@ -18,8 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from whence._files import sha256_of_file, sha256_of_json
-from whence._model_files import read_header, read_json, read_tensors
+from whence._files import sha256_of_json
+from whence._model_files import hash_tensors, read_header, read_json, read_tensors
 from whence.errors import CheckpointError, ConfigError, NumericsError
 
 NETWORKS = ("unet", "transformer")
@@ -98,9 +98,9 @@ class LoraFiles:
 
     @property
     def content_hash(self) -> str:
-        """Hash of its files."""
-        files = [self.weights, self.config] if self.config else [self.weights]
-        return sha256_of_json({file.name: sha256_of_file(file) for file in files})
+        """Hash of the adapters and of the settings that count; a file's header may stand in another order."""
+        settings = {key: self.settings.get(key) for key in sorted(_USED)}
+        return sha256_of_json([settings, hash_tensors(read_tensors(self.weights))])
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -119,15 +119,8 @@ def find_lora(folder: Path) -> LoraFiles | None:
         Its files, or None.
 
     Raises:
-        CheckpointError: If it is a pickle, lacks its configuration, or is an embedding of textual inversion.
+        CheckpointError: If it is a pickle, or lacks its configuration.
     """
-    embeddings = sorted(folder.glob("learned_embeds*"))
-    if embeddings:
-        raise CheckpointError(
-            f"{embeddings[0]} is an embedding that textual inversion trained. It enters through the text encoder, "
-            "whose gradients whence does not take. Fine-tune the network on the same images instead, as a LoRA for "
-            "example, and trace that."
-        )
     places = [folder, *(folder / name for name in NETWORKS)]
     for weights in (place / name for place in places for name in WEIGHTS_FILES):
         if weights.exists():

@@ -4,11 +4,8 @@ Texts go through the pipeline's own ``encode_prompt``, without guidance; images 
 its configuration says. Nothing is downloaded: the pipeline is a folder with a ``model_index.json``.
 """
 
-import importlib
-import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +18,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from whence._files import sha256_of_file, sha256_of_json
-from whence._model_files import read_json
+from whence._model_files import quiet_libraries, read_json
 from whence.config import ConditioningSettings
 from whence.encoded import AbstractEncoder, Arrays, Latents
 from whence.errors import CheckpointError, ConfigError
@@ -152,7 +149,7 @@ class PipelineEncoder(AbstractEncoder):
             Arrays by the names of the network's arguments, one row for each caption.
         """
         encode = _OF_NETWORK[self.network]
-        with _quietly():
+        with quiet_libraries():
             given = encode(self._text_pipeline, list(texts), self._prompt_arguments)
         given |= self._further(len(texts), size)
         return {name: _as_array(value) for name, value in given.items()}
@@ -206,13 +203,29 @@ class PipelineEncoder(AbstractEncoder):
             )
         return self._load(keep=_OF_TEXT)
 
+    def load_tokenizer(self) -> Any:
+        """Load the pipeline's tokenizer alone.
+
+        Returns:
+            A tokenizer that the caller may change.
+
+        Raises:
+            CheckpointError: If the pipeline has none.
+        """
+        if "tokenizer" not in self.parts:
+            raise CheckpointError(
+                f"The pipeline in {self.folder} has no tokenizer, by which the {self.network} is told captions. Give "
+                "the whole pipeline with --base."
+            )
+        return self._load(keep=("tokenizer",)).tokenizer
+
     def _load(self, keep: Sequence[str]) -> Any:
         import diffusers
 
         # Also those that the pipeline lacks, or it would ask for them.
         leave = {name: None for name in self._index if name not in keep}
         try:
-            with _quietly(), torch.random.fork_rng(devices=[]):
+            with quiet_libraries(), torch.random.fork_rng(devices=[]):
                 pipeline = diffusers.DiffusionPipeline.from_pretrained(str(self.folder), local_files_only=True, **leave)
                 return pipeline.to(self.device, torch.float32)
         except Exception as error:  # each part raises what its own library likes
@@ -220,25 +233,6 @@ class PipelineEncoder(AbstractEncoder):
             raise CheckpointError(
                 f"{', '.join(keep)} of the pipeline in {self.folder} cannot be loaded: {first}"
             ) from error
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep diffusers and transformers from showing bars of their own, and notes on parts that are not used here."""
-    libraries = [importlib.import_module("diffusers.utils.logging")]
-    if importlib.util.find_spec("transformers") is not None:
-        libraries.append(importlib.import_module("transformers.utils.logging"))
-    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, verbosity, shown in before:
-            library.set_verbosity(verbosity)
-            if shown:
-                library.enable_progress_bar()
 
 
 def _latent_of(encoded: Any) -> Tensor:

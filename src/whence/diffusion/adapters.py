@@ -68,7 +68,7 @@ def check_model(model: Network) -> None:
     name = _class_name(model)
     if name not in ADAPTERS:
         raise UnsupportedModelError(f"whence calls models of class {', '.join(sorted(ADAPTERS))}; found {name}.")
-    if name == "UNet2DConditionModel":
+    if name in ("UNet2DConditionModel", "InvertedUNet"):
         _check_conditional_unet(model.config)
     if getattr(model.config, "class_embed_type", None) not in (None, "timestep"):
         raise UnsupportedModelError(
@@ -169,6 +169,10 @@ def _call_conditional_unet(model: Network, noisy: Tensor, times: Tensor, given: 
         added_cond_kwargs=added or None,
         return_dict=False,
     )[0]
+
+
+def _call_inverted_unet(model: Network, noisy: Tensor, times: Tensor, given: Given) -> Tensor:
+    return model(noisy, times, given["input_ids"])
 
 
 def _call_dit(model: Network, noisy: Tensor, times: Tensor, given: Given) -> Tensor:
@@ -272,6 +276,7 @@ def _needs_of_sana(config: Any) -> tuple[str, ...]:
 ADAPTERS: dict[str, Adapter] = {
     "UNet2DModel": Adapter(_call_unet, _needs_of_unet),
     "UNet2DConditionModel": Adapter(_call_conditional_unet, _needs_of_conditional_unet, _widths_of_conditional_unet),
+    "InvertedUNet": Adapter(_call_inverted_unet, lambda config: ("input_ids",)),
     "DiTTransformer2DModel": Adapter(_call_dit, lambda config: ("class_labels",)),
     "SD3Transformer2DModel": Adapter(
         _call_sd3, lambda config: ("encoder_hidden_states", "pooled_projections"), _widths_of_joint, True
