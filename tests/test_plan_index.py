@@ -142,7 +142,7 @@ class TestQueries:
         query(subject, store, toy_queries, [method], ASKED, tmp_path)
         _, asked = planned.passes
         assert bars[1].n == bars[1].total == asked.sample_passes == checkpoints * 3 * 5 * 4 + passes
-        headers = 600 * 3 * checkpoints
+        headers = 800 * 3 * checkpoints
         assert 0 < num_bytes(tmp_path / "cache" / "queries") - planned.cache_bytes < headers and asked.peak_bytes > 0
         scores = num_bytes(tmp_path / "scores")
         assert planned.score_bytes == pytest.approx(scores, rel=0.15)
