@@ -4,7 +4,7 @@
     cache/encoded/<hash>/conditions.safetensors         an array for each argument of the network
 
 The hash is that of the encoder, the images, their captions and of what is asked for. What is there is not made again,
-so that an encoding that was interrupted goes on.
+so that latents whose encoding was interrupted go on from there.
 """
 
 import warnings
