@@ -7,6 +7,7 @@ import pytest
 from whence._allocator import keep_freed_memory
 
 COUNT_FAULTS = """
+import ctypes
 import resource
 import sys
 
@@ -14,6 +15,7 @@ import torch
 
 from whence._allocator import keep_freed_memory
 
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page is one fault, whoever hands it out
 if "keep" in sys.argv:
     assert keep_freed_memory()
 torch.set_num_threads(1)
@@ -35,7 +37,8 @@ def count_faults(*arguments: str) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="faults are counted for glibc")
 def test_memory_that_is_used_again_causes_no_faults():
-    assert count_faults("keep") < count_faults() / 10
+    # Ten turns touch 327,680 pages. Without, one turn's worth or all of them fault, as the heap happens to lie.
+    assert count_faults("keep") < 5000
 
 
 def test_thresholds_of_the_user_are_left(monkeypatch):
