@@ -151,9 +151,14 @@ class AbstractEncoder(ABC):
         """Hash of all that what it makes depends on."""
 
     @property
+    def latent_encoder(self) -> "AbstractEncoder | None":
+        """What makes the latents, where that is another encoder."""
+        return None
+
+    @property
     def has_vae(self) -> bool:
         """Whether the network sees latents."""
-        return False
+        return self.latent_encoder is not None and self.latent_encoder.has_vae
 
     @property
     def knows_none(self) -> bool:
@@ -181,11 +186,13 @@ class AbstractEncoder(ABC):
         Returns:
             What the network is trained on.
         """
-        raise NotImplementedError  # asked only where there is a VAE
+        assert self.latent_encoder is not None  # asked only where there is one
+        return self.latent_encoder.latents(pixels, with_deviation=with_deviation)
 
     def images_of(self, latents: Float32[ndarray, "row latent h w"]) -> Float32[ndarray, "row channel height width"]:
         """Decode latents; asked only where there is a VAE."""
-        raise NotImplementedError
+        assert self.latent_encoder is not None
+        return self.latent_encoder.images_of(latents)
 
     @abstractmethod
     def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Arrays:

@@ -155,8 +155,6 @@ def find_encoding(
     images: ImageData,
     record: Record | None,
     settings: ConditioningSettings,
-    *,
-    device: str = "cpu",
 ) -> Encoding | None:
     """Find out how the images of a model are to be encoded.
 
@@ -165,7 +163,6 @@ def find_encoding(
         images: Training images, as opened.
         record: Record of the training, or None.
         settings: What the user said.
-        device: Where VAE and text encoders run.
 
     Returns:
         The encoding, or None where the network sees pixels and is told nothing.
@@ -191,7 +188,7 @@ def find_encoding(
         encoder = _class_encoder(network, images, settings, pipeline)
         reads = "labels"
     else:
-        encoder = _need_pipeline(pipeline, network, needs, settings, checkpoint, device)
+        encoder = _need_pipeline(pipeline, network, needs, settings, checkpoint)
         if checkpoint.learned is not None:
             encoder = InversionEncoder(encoder, checkpoint.learned)
         reads = "captions" if needs else None
@@ -257,7 +254,6 @@ def _need_pipeline(
     needs: tuple[str, ...],
     settings: ConditioningSettings,
     checkpoint: Checkpoint,
-    device: str,
 ) -> PipelineEncoder:
     if pipeline is None:
         told = f"is told {', '.join(needs)}" if needs else f"takes {channels_of(network)} channels, which are latents"
@@ -272,7 +268,7 @@ def _need_pipeline(
         )
     if "guidance" not in needs and settings.guidance_scale is not None:
         settings = replace(settings, guidance_scale=None)  # scripts have the flag whether the network is told or not
-    return PipelineEncoder(pipeline, type(network).__name__, settings, device)
+    return PipelineEncoder(pipeline, type(network).__name__, settings)
 
 
 def own_encoding(encoder: AbstractEncoder | None) -> Encoding | None:

@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 from numpy import ndarray
 
 from whence._files import sha256_of_json
 from whence._model_files import read_json
-from whence.encoded import AbstractEncoder, Arrays, Latents
+from whence.encoded import AbstractEncoder, Arrays
 from whence.errors import CheckpointError
 from whence.pipeline_encoder import PipelineEncoder
 from whence.textual_inversion import LearnedEmbeddings
@@ -34,17 +34,9 @@ class InversionEncoder(AbstractEncoder):
         return sha256_of_json([self.pipeline.hash, {name: list(tokens) for name, tokens in self._tokens.items()}])
 
     @property
-    def has_vae(self) -> bool:
-        """Whether the network sees latents."""
-        return self.pipeline.has_vae
-
-    def latents(self, pixels: Float32[ndarray, "row channel height width"], *, with_deviation: bool) -> Latents:
-        """Encode images with the pipeline's VAE; see :class:`~whence.pipeline_encoder.PipelineEncoder`."""
-        return self.pipeline.latents(pixels, with_deviation=with_deviation)
-
-    def images_of(self, latents: Float32[ndarray, "row latent h w"]) -> Float32[ndarray, "row channel height width"]:
-        """Decode latents with the pipeline's VAE."""
-        return self.pipeline.images_of(latents)
+    def latent_encoder(self) -> PipelineEncoder:
+        """The pipeline, whose VAE makes the latents."""
+        return self.pipeline
 
     def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Arrays:
         """Give the numbers of the tokens of captions.

@@ -24,7 +24,7 @@ from whence._files import sha256_of_json
 from whence.config import ModelSettings
 from whence.data import ImageData
 from whence.diffusion.noise import noise_key, normals
-from whence.encoded import AbstractEncoder, Arrays, Latents
+from whence.encoded import AbstractEncoder, Arrays
 from whence.errors import CheckpointError, ConfigError, DataError
 
 FORMAT_VERSION = 1
@@ -99,24 +99,14 @@ class ClassEncoder(AbstractEncoder):
         return sha256_of_json(["classes", FORMAT_VERSION, self.classes, self.withheld, *parts])
 
     @property
-    def has_vae(self) -> bool:
-        """Whether the network sees latents."""
-        return self.vae is not None and self.vae.has_vae
+    def latent_encoder(self) -> AbstractEncoder | None:
+        """What makes latents."""
+        return self.vae
 
     @property
     def knows_none(self) -> bool:
         """Whether a number stands for a label that is withheld."""
         return self.withheld is not None
-
-    def latents(self, pixels: Float32[ndarray, "row channel height width"], *, with_deviation: bool) -> Latents:
-        """Encode images; see :class:`AbstractEncoder`."""
-        assert self.vae is not None  # asked only where there is one
-        return self.vae.latents(pixels, with_deviation=with_deviation)
-
-    def images_of(self, latents: Float32[ndarray, "row latent h w"]) -> Float32[ndarray, "row channel height width"]:
-        """Decode latents; see :class:`AbstractEncoder`."""
-        assert self.vae is not None  # asked only where there is one
-        return self.vae.images_of(latents)
 
     def conditions(self, texts: Sequence[str], size: tuple[int, int] = (0, 0)) -> Arrays:
         """Number labels.

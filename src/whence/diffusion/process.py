@@ -19,6 +19,7 @@ All kinds of models differ in the tables alone:
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
@@ -97,7 +98,7 @@ class NoiseProcess:
         """Timesteps T of the process."""
         return len(self.alpha)
 
-    @property
+    @cached_property
     def loss_weight(self) -> Float[Tensor, " timestep"]:
         """Factor inside the training loss at each timestep."""
         if self.prediction_type == "flow":
