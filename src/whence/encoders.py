@@ -20,8 +20,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -36,7 +35,7 @@ from PIL import Image
 from torch import Tensor
 
 from whence._files import sha256_of_file, sha256_of_json
-from whence._model_files import quiet_diffusers
+from whence._model_files import quiet_diffusers, quiet_libraries
 from whence.data import ImageData
 from whence.errors import ConfigError
 from whence.methods.frame import Baseline, BaselineKind
@@ -243,7 +242,7 @@ def _load_transformers(folder: Path, config: dict[str, Any], device: str, allow_
     transformers = _import_transformers()
     # A CLIP vision model has its projection in a class of its own; as a plain model it would go without.
     projected = config.get("architectures") == ["CLIPVisionModelWithProjection"]
-    with _quiet(transformers):
+    with quiet_libraries():
         try:
             # The same pixels whether or not torchvision is there.
             processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
@@ -325,21 +324,6 @@ def _import_transformers() -> Any:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise ConfigError(f"Encoders of transformers need that package ({error}). Install it: {_INSTALL}") from error
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Keep transformers from showing bars of its own and reports of weights that are not used."""
-    logging = transformers.utils.logging
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _with_channels(pixels: Pixels, channels: int, folder: Path) -> Float32[ndarray, "image wanted height width"]:
