@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional
 
-from whence._cli_options import Flat, ModelSource, given
+from whence._cli_options import Flat, ModelSource
 from whence._cli_printing import print_table
-from whence.config import CleaningSettings, CounterfactualSettings, DataSettings
+from whence.config import CleaningSettings, CounterfactualSettings, DataSettings, changed_settings
 
 
 def prove(
@@ -107,7 +107,7 @@ def clean(
         raise ConfigError("Give a new folder with --out, or --dry-run; one of the two.")
     if out is not None and out.exists():  # before anything is compared
         raise ConfigError(f"{out} exists. Give a new folder: nothing is overwritten.")
-    opened = open_run(run, data=data, data_settings=given(data_settings))
+    opened = open_run(run, data=data, data_settings=changed_settings(data_settings))
     cleaning = opened.clean(settings, self_scores=self_scores, validation=validation)
     rows = [[f.id, f.reason, f.figure, f.threshold, f.duplicate_of or None] for f in cleaning.findings]
     counts = f"{len(cleaning.kept)} of {len(cleaning.images)}"

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tyro
 
 from whence._cli_printing import print_rankings
-from whence.config import ConditioningSettings, DataSettings, LossName, ObjectiveSettings
+from whence.config import ConditioningSettings, DataSettings, LossName, ObjectiveSettings, changed_settings
 from whence.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ class ModelSource:
         return open_run(
             model,
             data=self.data,
-            data_settings=given(self.data_settings),
+            data_settings=changed_settings(self.data_settings),
             out=self.out,
             loss=self.loss,
             allow_pickle=self.allow_pickle,
-            conditioning=given(self.conditioning),
-            objective=given(self.objective),
+            conditioning=changed_settings(self.conditioning),
+            objective=changed_settings(self.objective),
         )
 
 
@@ -84,9 +84,3 @@ class QueryOptions:
                 raise ConfigError("Queries are taken together by all of their scores; leave --keep-top out.")
             shown = [run.pool(one, self.together) for one in whole]
         print_rankings(shown, top, json)
-
-
-def given(settings: DataSettings | ConditioningSettings | ObjectiveSettings) -> dict[str, Any]:
-    """Keep what differs from the defaults: the rest is as the run did it."""
-    plain = type(settings)()
-    return {name: value for name, value in vars(settings).items() if value != getattr(plain, name)}

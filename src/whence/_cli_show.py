@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from whence._cli_options import Flat, given
+from whence._cli_options import Flat
 from whence._cli_printing import print_rankings, print_table
-from whence.config import DataSettings
+from whence.config import DataSettings, changed_settings
 from whence.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def show(
     if events:
         from whence.opening import open_run
 
-        run = open_run(path, data=data, data_settings=given(data_settings))
+        run = open_run(path, data=data, data_settings=changed_settings(data_settings))
         _show_events(run, events, method, replay, checkpoint, npz, json)
     elif (path / "scores.safetensors").exists():
         from whence.scores import Scores

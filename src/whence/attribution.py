@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from whence._files import sha256_of_json
 from whence.checkpoints import check_same_architecture
-from whence.config import AutocastName, DtypeName, GradientSettings, ObjectiveSettings, TraceSettings, WeightsName
+from whence.config import AutocastName, DtypeName, GradientSettings, TraceSettings, WeightsName, changed_settings
 from whence.data import ImageData
 from whence.diffusion.process import NoiseProcess
 from whence.encoders import SETTINGS as ENCODER_SETTINGS
@@ -476,8 +476,7 @@ def notes_on_solutions(details: Mapping[str, Any]) -> list[str]:
 
 def _without_record(subject: Subject) -> str:
     """Say what has to be taken on trust, where a record would tell and the replay check would prove it."""
-    said = {f.name: getattr(subject.objective, f.name) for f in fields(subject.objective)}
-    changed = [f"{name} {value}" for name, value in said.items() if value != getattr(ObjectiveSettings(), name)]
+    changed = [f"{name} {value}" for name, value in changed_settings(subject.objective).items()]
     told = ", told what stands beside them" if subject.train.conditions([0]) else ""
     return (
         f"Without a record it is taken on trust that the model was trained on these images{told}, that its loss was "

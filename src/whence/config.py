@@ -5,7 +5,7 @@ its help text. Units stand in the names; a timestep is an integer in 0..T-1.
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 LossName = Literal["mse", "l1"]
 OutputName = Literal["loss", "squares", "mean", "l1", "l2", "max"]
@@ -84,6 +84,12 @@ class ConditioningSettings:
     """Alpha of a LoRA whose files do not say it. Default: its rank, as diffusers has it."""
     class_names: tuple[str, ...] = ()
     """Labels in the order of the network's classes. Default: in the order of their numbers, or of the alphabet."""
+
+
+def changed_settings(settings: DataSettings | ConditioningSettings | ObjectiveSettings) -> dict[str, Any]:
+    """Give the settings that are not at their defaults, by name."""
+    plain = type(settings)()
+    return {name: value for name, value in vars(settings).items() if value != getattr(plain, name)}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Runs are opened and made here: by their folder, from a model that others trained, or by training one."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from whence.config import (
     ModelSettings,
     ObjectiveSettings,
     TrainingSettings,
+    changed_settings,
 )
 from whence.errors import ConfigError, check_choice
 from whence.pipeline import Run
@@ -107,11 +108,7 @@ def _with_network_settings(
         conditioning=_changed(run.conditioning, conditioning),
         objective=_changed(run.objective or ObjectiveSettings(), objective) if objective else run.objective,
     )
-    said = [
-        name
-        for name, value in asdict(changed.objective or ObjectiveSettings()).items()
-        if value != getattr(ObjectiveSettings(), name)
-    ]
+    said = changed_settings(changed.objective or ObjectiveSettings())
     if said and (run.model / "record" / "manifest.json").exists():
         raise ConfigError(
             f"{run.model} has a record, which says what training added to noise and loss. Leave out {', '.join(said)}."
