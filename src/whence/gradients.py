@@ -30,7 +30,7 @@ from whence.diffusion.adapters import predict
 from whence.diffusion.noise import normals_of_keys
 from whence.diffusion.objectives import sample_loss, sample_output
 from whence.diffusion.process import NoiseProcess
-from whence.engine._base import squared_lengths
+from whence.engine._lengths import squared_lengths
 from whence.engine.capture import AbstractSink, Capture, Uncovered
 from whence.engine.check import check_against_autograd
 from whence.engine.sinks import DotSink, GatherSink, Layout, ProjectSink

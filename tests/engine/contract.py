@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from whence.engine._base import AbstractLayerFactors, MatrixLayerFactors
+from whence.engine._lengths import SquaredLengths
 from whence.engine.capture import AbstractSink, Capture
 from whence.projections import make_projection
 
@@ -95,20 +96,27 @@ def check_gradients(model: nn.Module, inputs: Tensor, num_units: int) -> None:
         atol = tolerance * float(want[name].abs().max())
         torch.testing.assert_close(found[name], want[name], rtol=tolerance, atol=atol)
     rows = torch.cat([found[names[own]].flatten(1) for own in names], dim=1)
-    torch.testing.assert_close(
-        factors.norm_squared(list(names)), rows.double().square().sum(1), rtol=tolerance, atol=tolerance
-    )
+    want_lengths = rows.double().square().sum(1)
+    lengths = new_lengths(factors)
+    factors.measure(list(names), lengths)
+    torch.testing.assert_close(lengths.sum(), want_lengths, rtol=tolerance, atol=tolerance)
     vectors = torch.randn(3, rows.shape[1], generator=torch.Generator().manual_seed(2), dtype=dtype)
     widths = [found[names[own]][0].numel() for own in names]
-    dots, norm_squared = factors.dot(dict(zip(names, vectors.split(widths, dim=1), strict=True)))
+    lengths = new_lengths(factors)
+    dots = factors.dot(dict(zip(names, vectors.split(widths, dim=1), strict=True)), lengths)
     scale = float(rows.norm(dim=1).max() * vectors.norm(dim=1).max())
     torch.testing.assert_close(dots, rows @ vectors.T, rtol=0, atol=tolerance * scale)
-    torch.testing.assert_close(norm_squared, rows.double().square().sum(1), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lengths.sum(), want_lengths, rtol=tolerance, atol=tolerance)
     check_pieces(factors, found, names)
     for with_norms in (True, False):
         check_projected(factors, found, names, with_norms, tolerance)
     if isinstance(factors, MatrixLayerFactors):
         check_both_forms(factors, found, names, tolerance)
+
+
+def new_lengths(factors: AbstractLayerFactors) -> SquaredLengths:
+    """Squared lengths of nothing yet."""
+    return SquaredLengths(factors.num_units, factors.device)
 
 
 def check_pieces(factors: AbstractLayerFactors, found: dict[str, Tensor], names: dict[str, str]) -> None:
@@ -135,11 +143,12 @@ def check_projected(
     want, rows = (torch.zeros(factors.num_units, 16, dtype=dtype) for _ in range(2))
     for name, gradients in found.items():
         projection.add(want, name, gradients)
-    norm_squared = factors.project(projection, names, rows, with_norms=with_norms)
+    lengths = new_lengths(factors)
+    factors.project(projection, names, rows, lengths if with_norms else None)
     atol = 3 * tolerance * max(float(gradients.flatten(1).norm(dim=1).max()) for gradients in found.values())
     torch.testing.assert_close(rows, want, rtol=tolerance, atol=atol)
-    lengths = torch.stack([g.flatten(1).double().square().sum(1) for g in found.values()]).sum(0)
-    torch.testing.assert_close(norm_squared, lengths * with_norms, rtol=tolerance, atol=tolerance)
+    want_lengths = torch.stack([g.flatten(1).double().square().sum(1) for g in found.values()]).sum(0)
+    torch.testing.assert_close(lengths.sum(), want_lengths * with_norms, rtol=tolerance, atol=tolerance)
 
 
 def check_both_forms(
@@ -156,7 +165,7 @@ def check_both_forms(
     check_factors(factors, weight, tolerance)
     for pay in (True, False):
         # Two outputs at a time, and one way or the other.
-        changed = {"_factors_pay": lambda *_, pay=pay: pay} | ({} if grouped else {"outputs_at_once": 2})
+        changed = {"_factors_pay": lambda *_, pay=pay, **__: pay} | ({} if grouped else {"outputs_at_once": 2})
         forced = type("Forced", (type(factors),), changed)(factors.layer, factors.calls, factors.num_units)
         check_pieces(forced, found, names)
         check_projected(forced, found, names, True, tolerance)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.contract import Case, capture_factors, loss
+from engine.contract import Case, capture_factors, loss, new_lengths
 from whence.engine.capture import AbstractSink, Capture
 from whence.engine.sinks import DotSink, GatherSink, Layout, ProjectSink
 from whence.projections import ProjectionKind, make_projection
@@ -183,4 +183,6 @@ def test_norms_in_float32_do_not_lose_digits_in_large_layers():
     factors, _ = capture_factors(case.build(torch.float32), case.inputs(1, torch.float32), 1)
     exact = factors.gradients["weight"].double().square().sum()
     # Two million squares: added one after another in float32 they would be off by 1e-4.
-    assert factors.norm_squared(["weight"]).item() == pytest.approx(exact.item(), rel=1e-6)
+    lengths = new_lengths(factors)
+    factors.measure(["weight"], lengths)
+    assert lengths.sum().item() == pytest.approx(exact.item(), rel=1e-6)

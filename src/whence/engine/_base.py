@@ -2,21 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import cache, cached_property
+from functools import cached_property
 from math import ceil, prod
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from whence.engine._lengths import SquaredLengths
 from whence.projections import AbstractProjection
 
 Call = tuple[Tensor, Tensor]
 """Input and output gradient of one call of a layer; both have the events on their first axis."""
-
-_NUMBERS_PER_LENGTH = 2**12
-
 
 # Costs in units of one multiplication and addition inside a convolution, measured on one core of a server CPU
 # (benchmarks/engine.py shows what they lead to). They only choose between forms that give the same result.
@@ -82,62 +80,56 @@ class AbstractLayerFactors(ABC):
             gradients = self.gradient(name).flatten(1)
             yield Piece(name, slice(0, gradients.shape[1]), gradients)
 
-    def norm_squared(self, names: Collection[str]) -> Float64[Tensor, " unit"]:
-        """Squared length of each unit's gradient over the named parameters of this layer."""
-        return self._total(squared_lengths(piece.gradients) for piece in self.pieces(names))
+    def measure(self, names: Collection[str], lengths: SquaredLengths) -> None:
+        """Add the squared length of each unit's gradient over the named parameters of this layer."""
+        for piece in self.pieces(names):
+            lengths.measure(piece.gradients)
 
     def dot(
-        self, vectors: Mapping[str, Float[Tensor, "vector param"]]
-    ) -> tuple[Float[Tensor, "unit vector"], Float64[Tensor, " unit"]]:
-        """Give inner products of each unit's gradient with given vectors, and its squared length.
+        self, vectors: Mapping[str, Float[Tensor, "vector param"]], lengths: SquaredLengths
+    ) -> Float[Tensor, "unit vector"]:
+        """Give inner products of each unit's gradient with given vectors, and add its squared length.
 
-        Both are added up over the parameters that the vectors are given for.
+        Args:
+            vectors: Parts of the vectors, by the layer's own name of the parameter; over these both are added up.
+            lengths: What the squared lengths are added to.
         """
-        dots, norm_squared = [], []
+        dots = []
         for name, span, gradients in self.pieces(vectors):
             dots.append(gradients @ vectors[name][:, span].T)
-            norm_squared.append(squared_lengths(gradients))
-        return add_up(dots), add_up(norm_squared)
+            lengths.measure(gradients)
+        return add_up(dots)
 
     def project(
         self,
         projection: AbstractProjection,
         names: Mapping[str, str],
         rows: Float[Tensor, "unit width"],
-        *,
-        with_norms: bool,
-    ) -> Float64[Tensor, " unit"]:
+        lengths: SquaredLengths | None,
+    ) -> None:
         """Add the projected gradients to ``rows``.
 
         Args:
             projection: What to project with.
             names: The chosen parameters, from their name in the layer to that in the model.
             rows: What is added to.
-            with_norms: Whether exact norms are wanted too.
-
-        Returns:
-            Squared length of each unit's gradient over the chosen parameters; zeros unless wanted.
+            lengths: What their squared lengths are added to; None where these are not wanted.
         """
-        norm_squared = []
         for own, name in names.items():
             gradients = self.gradient(own)
             projection.add(rows, name, gradients)
-            if with_norms:
-                norm_squared.append(squared_lengths(gradients.flatten(1)))
-        return self._total(norm_squared)
-
-    def _total(self, parts: Iterable[Float64[Tensor, " unit"]]) -> Float64[Tensor, " unit"]:
-        """Add up squared lengths, of which there may be none."""
-        found = list(parts)
-        return add_up(found) if found else self._zeros()
-
-    def _zeros(self) -> Float64[Tensor, " unit"]:
-        return torch.zeros(self.num_units, dtype=torch.float64, device=self.calls[0][1].device)
+            if lengths is not None:
+                lengths.measure(gradients.flatten(1))
 
     def _per_unit(self, events: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit member *rest"]:
         """Split the event axis into units and their members."""
         size, *rest = events.shape
         return events.view(self.num_units, size // self.num_units, *rest)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.calls[0][1].device
 
     def _sum_members(self, events: Float[Tensor, "event *rest"]) -> Float[Tensor, "unit *rest"]:
         """Add up the members of each unit."""
@@ -208,6 +200,11 @@ class MatrixLayerFactors(AbstractLayerFactors):
     row_rate: float
     """Cost of a multiplication in :meth:`weight_rows`."""
 
+    def __init__(self, layer: nn.Module, calls: list[Call], num_units: int):
+        super().__init__(layer, calls, num_units)
+        self.weight_shape: tuple[int, ...] = tuple(self.layer.weight.shape)
+        """Outputs first; to ask the layer each time takes a while."""
+
     @property
     @abstractmethod
     def gram_cost(self) -> float:
@@ -230,8 +227,7 @@ class MatrixLayerFactors(AbstractLayerFactors):
         """Make the gradient of one parameter, and not that of the other."""
         if name == "bias":
             return self.bias()
-        shape = self.layer.weight.shape
-        return self.weight_rows(slice(0, shape[0])).view(self.num_units, *shape)
+        return self.weight_rows(slice(0, self.weight_shape[0])).view(self.num_units, *self.weight_shape)
 
     def pieces(self, names: Collection[str]) -> Iterator[Piece]:
         """Make the gradients some outputs at a time."""
@@ -243,42 +239,42 @@ class MatrixLayerFactors(AbstractLayerFactors):
             bias = self.bias()
             yield Piece("bias", slice(0, bias.shape[1]), bias)
 
-    def norm_squared(self, names: Collection[str]) -> Float64[Tensor, " unit"]:
+    def measure(self, names: Collection[str], lengths: SquaredLengths) -> None:
         """Take the cheaper of the two forms."""
         if "weight" not in names or not self._gram_pays:
-            return super().norm_squared(names)
-        of_weight = self.gram_norm_squared().double()
-        return of_weight + squared_lengths(self.bias()) if "bias" in names else of_weight
+            super().measure(names, lengths)
+            return
+        lengths.add(self.gram_norm_squared())
+        if "bias" in names:
+            lengths.measure(self.bias())
 
     def project(
         self,
         projection: AbstractProjection,
         names: Mapping[str, str],
         rows: Float[Tensor, "unit width"],
-        *,
-        with_norms: bool,
-    ) -> Float64[Tensor, " unit"]:
+        lengths: SquaredLengths | None,
+    ) -> None:
         """Project the two factors of the weight, or the gradient that they make, whichever is cheaper."""
         sides = projection.sides(names["weight"]) if "weight" in names else None
         if sides is None:
-            return super().project(projection, names, rows, with_norms=with_norms)
-        norm_squared = []
-        if self._factors_pay(sides.out, sides.inner, with_norms):
+            super().project(projection, names, rows, lengths)
+            return
+        if self._factors_pay(sides.out, sides.inner, with_norms=lengths is not None):
             core = self.project_factors(sides.out, sides.inner)
-            if with_norms:
-                norm_squared.append(self.norm_squared(["weight"]))
+            if lengths is not None:
+                self.measure(["weight"], lengths)
         else:
             cores = []
             for start, block in self._row_blocks():
                 inner = block if sides.inner is None else block @ sides.inner
                 cores.append(inner if sides.out is None else sides.out[start : start + block.shape[1]].T @ inner)
-                if with_norms:
-                    norm_squared.append(squared_lengths(block.flatten(1)))
+                if lengths is not None:
+                    lengths.measure(block.flatten(1))
             core = torch.cat(cores, dim=1) if sides.out is None else add_up(cores)
         projection.add_core(rows, names["weight"], core)
         if "bias" in names:
-            norm_squared.append(super().project(projection, {"bias": names["bias"]}, rows, with_norms=with_norms))
-        return self._total(norm_squared)
+            super().project(projection, {"bias": names["bias"]}, rows, lengths)
 
     @property
     def _gram_pays(self) -> bool:
@@ -289,7 +285,7 @@ class MatrixLayerFactors(AbstractLayerFactors):
         num_out, num_inner = self._sizes
         return num_out * num_inner * (self.row_rate * self.positions + PER_ELEMENT)
 
-    def _factors_pay(self, out: Tensor | None, inner: Tensor | None, with_norms: bool) -> bool:
+    def _factors_pay(self, out: Tensor | None, inner: Tensor | None, *, with_norms: bool) -> bool:
         num_out, num_inner = self._sizes
         k_out = num_out if out is None else out.shape[1]
         k_inner = num_inner if inner is None else inner.shape[1]
@@ -308,7 +304,7 @@ class MatrixLayerFactors(AbstractLayerFactors):
     @property
     def _sizes(self) -> tuple[int, int]:
         """Outputs, and weights of each."""
-        num_out, *inner = self.layer.weight.shape
+        num_out, *inner = self.weight_shape
         return num_out, prod(inner)
 
 
@@ -324,24 +320,3 @@ def numbers_at_once(device: torch.device) -> int:
     On a CPU it stays in the cache, and needs no fresh memory from the system.
     """
     return 2**20 if device.type == "cpu" else 2**26
-
-
-def squared_lengths(rows: Float[Tensor, "unit param"]) -> Float64[Tensor, " unit"]:
-    """Squared length of each row, in float64 so that layers can be added up."""
-    # In float32 vector_norm adds one number after another, which is off by 1e-4 for a million of them; it is ten times
-    # as fast as a sum of squares, and exact enough for some thousand.
-    count = rows.shape[1]
-    if count <= _NUMBERS_PER_LENGTH:
-        return torch.linalg.vector_norm(rows, dim=1).double().square()
-    num_blocks = _num_blocks(count)
-    whole = count // num_blocks * num_blocks
-    blocks = rows[:, :whole].view(len(rows), num_blocks, -1)
-    lengths = torch.linalg.vector_norm(blocks, dim=2).double().square().sum(1)
-    return lengths if whole == count else lengths + squared_lengths(rows[:, whole:])
-
-
-@cache
-def _num_blocks(count: int) -> int:
-    """Cut so many numbers into equal blocks of at most ``_NUMBERS_PER_LENGTH``, if possible with no number left."""
-    fewest = ceil(count / _NUMBERS_PER_LENGTH)
-    return next((blocks for blocks in range(fewest, 2 * fewest) if count % blocks == 0), fewest)

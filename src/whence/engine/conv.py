@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from whence.engine._base import PER_GATHERED, PER_PAIR, PER_PRODUCT, MatrixLayerFactors, add_up, numbers_at_once
+from whence.engine._base import PER_GATHERED, PER_PAIR, PER_PRODUCT, Call, MatrixLayerFactors, add_up, numbers_at_once
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _BACKWARD = torch.ops.aten.convolution_backward.default
@@ -39,11 +39,15 @@ class ConvFactors(MatrixLayerFactors):
     layer: _Convolution
     row_rate = 1.0
 
+    def __init__(self, layer: nn.Module, calls: list[Call], num_units: int):
+        super().__init__(layer, calls, num_units)
+        self._kept_patches: dict[int, Float[Tensor, "event inner position"]] = {}
+
     def weight_rows(self, outputs: slice) -> Float[Tensor, "unit out inner"]:
         """Convolve as the backward pass of training does, each unit in a group of its own; or multiply patches."""
         make = self._gather if self._gathers else self._convolve
         all_grads = [grads for _, grads in self._factors]
-        if outputs != slice(0, self.layer.weight.shape[0]):
+        if outputs != slice(0, self.weight_shape[0]):
             all_grads = [grads[:, outputs] for grads in all_grads]
         return add_up([make(call, grads) for call, grads in enumerate(all_grads)])
 
@@ -77,7 +81,7 @@ class ConvFactors(MatrixLayerFactors):
         groups = self.layer.groups
         if inner is None:
             inner = torch.eye(self.layer.weight[0].numel()).to(self.layer.weight)
-        kernel = inner.T.unflatten(1, self.layer.weight.shape[1:])
+        kernel = inner.T.unflatten(1, self.weight_shape[1:])
         kernel = kernel if groups == 1 else kernel.repeat(groups, *[1] * (len(self._kernel) + 1))
         cores = []
         for image, grads in self._factors:
@@ -147,7 +151,7 @@ class ConvFactors(MatrixLayerFactors):
     def _convolve(self, call: int, grads: Float[Tensor, "event out *size2"]) -> Float[Tensor, "unit out inner"]:
         image = self._factors[call][0]
         num_events, num_out = grads.shape[:2]
-        if num_events == self.num_units or num_out == self.layer.weight.shape[0]:
+        if num_events == self.num_units or num_out == self.weight_shape[0]:
             # Members are the batch of the convolution. That takes a copy where units have several.
             rows = self._weight_gradient(self._side_by_side(image), self._side_by_side(grads), self.num_units)
         else:
@@ -183,17 +187,17 @@ class ConvFactors(MatrixLayerFactors):
             groups,
             [False, True, False],  # of input, weight, bias
         )[1]
-        return rows.unflatten(0, (num_units, -1))[:, :, : self.layer.weight.shape[1]]
+        return rows.unflatten(0, (num_units, -1))[:, :, : self.weight_shape[1]]
 
     @property
     def _gathers(self) -> bool:
         """Whether gradients are made of patches: on a GPU always, on a CPU where a unit has few positions."""
         if self.layer.groups > 1:
             return False
-        few = self.positions < self.layer.weight.shape[0] * len(self.calls)
+        few = self.positions < self.weight_shape[0] * len(self.calls)
         return few or self._is_pointwise or self.calls[0][0].device.type != "cpu"
 
-    @cached_property
+    @property
     def _is_pointwise(self) -> bool:
         """Whether a position sees its own pixel alone, as in a fully connected layer."""
         return {*self._kernel, *self.layer.stride} == {1} and not any(self._padding)
@@ -219,7 +223,7 @@ class ConvFactors(MatrixLayerFactors):
     def _gather(self, call: int, grads: Float[Tensor, "event out *size2"]) -> Float[Tensor, "unit out inner"]:
         """Multiply patches, on a GPU of as many units as fit into memory."""
         out, members = grads.flatten(2), grads.shape[0] // self.num_units
-        num_inner = prod(self.layer.weight.shape[1:])
+        num_inner = prod(self.weight_shape[1:])
         at_once = max(1, numbers_at_once(grads.device) // (num_inner * out.shape[2] * members))
         if grads.device.type == "cpu" or at_once >= self.num_units:
             return self._multiply(out, self._all_patches(call))
@@ -254,10 +258,6 @@ class ConvFactors(MatrixLayerFactors):
         return self._kept_patches[call]
 
     @cached_property
-    def _kept_patches(self) -> dict[int, Float[Tensor, "event inner position"]]:
-        return {}
-
-    @cached_property
     def _factors(self) -> list[tuple[Float[Tensor, "event in *size"], Float[Tensor, "event out *size2"]]]:
         """What is seen in patches, padded if the layer's own padding is not plain, and what it is multiplied with."""
         if self.layer.transposed:
@@ -267,7 +267,7 @@ class ConvFactors(MatrixLayerFactors):
         mode = "constant" if self.layer.padding_mode == "zeros" else self.layer.padding_mode
         return [(F.pad(inputs, self._own_padding, mode=mode), grads) for inputs, grads in self.calls]
 
-    @cached_property
+    @property
     def _own_padding(self) -> list[int]:
         """Padding of each side, last axis first, that the convolution itself cannot do."""
         if self.layer.padding_mode == "zeros" and not isinstance(self.layer.padding, str):
@@ -275,7 +275,7 @@ class ConvFactors(MatrixLayerFactors):
         # torch keeps it under this name for its own forward pass.
         return list(self.layer._reversed_padding_repeated_twice)  # noqa: SLF001
 
-    @cached_property
+    @property
     def _padding(self) -> list[int]:
         return (
             [0] * len(self._kernel)

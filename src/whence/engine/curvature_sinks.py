@@ -13,6 +13,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from whence.engine._base import AbstractLayerFactors, MatrixLayerFactors
+from whence.engine._lengths import SquaredLengths
 from whence.engine.capture import AbstractSink
 from whence.engine.sinks import Layout
 
@@ -100,7 +101,9 @@ class SquaredLengthSink(AbstractSink):
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Add one layer's part."""
         for own, name in names.items():
-            self._by_parameter[name] = factors.norm_squared([own])
+            lengths = SquaredLengths(factors.num_units, factors.device)
+            factors.measure([own], lengths)
+            self._by_parameter[name] = lengths.sum()
 
     def finish(self) -> None:
         """Add up the pass."""
@@ -140,8 +143,9 @@ class RankOneSink(AbstractSink):
         """Add one layer's part, whose gradients are made twice: the first time for their lengths."""
         for own, name in names.items():
             span = self.layout.spans[name]
-            dots, norm_squared = factors.dot({own: self.vectors[:, span]})
-            shares = (dots.double() / (self.dampings[name] + norm_squared)[:, None]).to(self.sums)
+            lengths = SquaredLengths(factors.num_units, factors.device)
+            dots = factors.dot({own: self.vectors[:, span]}, lengths)
+            shares = (dots.double() / (self.dampings[name] + lengths.sum())[:, None]).to(self.sums)
             for _, piece, gradients in factors.pieces([own]):
                 columns = slice(span.start + piece.start, span.start + piece.stop)
                 self.sums[:, columns].addmm_(shares.T, gradients)

@@ -4,10 +4,11 @@ from collections.abc import Collection, Mapping
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from whence.engine._base import AbstractLayerFactors, squared_lengths
+from whence.engine._base import AbstractLayerFactors
+from whence.engine._lengths import SquaredLengths, squared_lengths
 
 
 class EmbeddingFactors(AbstractLayerFactors):
@@ -24,23 +25,24 @@ class EmbeddingFactors(AbstractLayerFactors):
         table = rows.new_zeros(self.num_units * self.layer.num_embeddings, rows.shape[1])
         return {"weight": table.index_copy_(0, places, rows).unflatten(0, (self.num_units, -1))}
 
-    def norm_squared(self, names: Collection[str]) -> Float64[Tensor, " unit"]:
+    def measure(self, names: Collection[str], lengths: SquaredLengths) -> None:
         """Add up the rows that were looked up."""
         places, rows = self._rows
         unit = places // self.layer.num_embeddings
-        lengths = squared_lengths(rows)
-        return lengths.new_zeros(self.num_units).index_add_(0, unit, lengths)
+        of_rows = squared_lengths(rows)
+        lengths.add(of_rows.new_zeros(self.num_units).index_add_(0, unit, of_rows))
 
     def dot(
-        self, vectors: Mapping[str, Float[Tensor, "vector param"]]
-    ) -> tuple[Float[Tensor, "unit vector"], Float64[Tensor, " unit"]]:
+        self, vectors: Mapping[str, Float[Tensor, "vector param"]], lengths: SquaredLengths
+    ) -> Float[Tensor, "unit vector"]:
         """Multiply the rows that were looked up with theirs of each vector."""
         places, rows = self._rows
         unit, index = places // self.layer.num_embeddings, places % self.layer.num_embeddings
         tables = vectors["weight"].unflatten(1, (self.layer.num_embeddings, -1))
         products = torch.einsum("vrd,rd->rv", tables[:, index], rows)
         dots = products.new_zeros(self.num_units, len(tables)).index_add_(0, unit, products)
-        return dots, self.norm_squared(["weight"])
+        self.measure(["weight"], lengths)
+        return dots
 
     @cached_property
     def _rows(self) -> tuple[Int[Tensor, " row"], Float[Tensor, "row feature"]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from whence.engine._base import AbstractLayerFactors, Call
@@ -57,9 +57,10 @@ class MaterialisedFactors(AbstractLayerFactors):
         """Give them."""
         return self._gradients
 
-    def _zeros(self) -> Float64[Tensor, " unit"]:
-        device = next(iter(self._gradients.values())).device
-        return torch.zeros(self.num_units, dtype=torch.float64, device=device)
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return next(iter(self._gradients.values())).device
 
 
 def gradients_by_unit(

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from whence.engine._base import AbstractLayerFactors, add_up, numbers_at_once, squared_lengths
+from whence.engine._base import AbstractLayerFactors, add_up, numbers_at_once
+from whence.engine._lengths import SquaredLengths, squared_lengths
 from whence.engine.capture import AbstractSink
 from whence.projections import AbstractProjection
 
@@ -145,8 +146,13 @@ class DotSink(AbstractSink):
         self.layout = layout
         self.vectors = vectors
         self.dots: Float[Tensor, "unit vector"] = vectors.new_zeros(num_units, len(vectors))
-        self.norm_squared: Float64[Tensor, " unit"] = torch.zeros(num_units, dtype=torch.float64, device=vectors.device)
+        self._lengths = SquaredLengths(num_units, vectors.device)
         self._small = _SmallParameters(self._add_flat)
+
+    @property
+    def norm_squared(self) -> Float64[Tensor, " unit"]:
+        """Squared length of each unit's gradient, when the pass is over."""
+        return self._lengths.sum()
 
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Add one layer's part."""
@@ -154,18 +160,16 @@ class DotSink(AbstractSink):
         if not names:
             return
         if not len(self.vectors):
-            self.norm_squared += factors.norm_squared(names)
+            factors.measure(names, self._lengths)
             return
-        dots, norm_squared = factors.dot({own: self._vectors(name) for own, name in names.items()})
-        self.dots += dots
-        self.norm_squared += norm_squared
+        self.dots += factors.dot({own: self._vectors(name) for own, name in names.items()}, self._lengths)
 
     def finish(self) -> None:
         """Add the small parameters' part."""
         self._small.use_up()
 
     def _add_flat(self, names: list[str], flat: Float[Tensor, "unit number"]) -> None:
-        self.norm_squared += squared_lengths(flat)
+        self._lengths.measure(flat)
         if not len(self.vectors):
             return
         runs = self.layout.runs(names)
@@ -197,17 +201,20 @@ class ProjectSink(AbstractSink):
         self.rows = rows.zero_()
         is_open = projection.open_width > projection.width
         self._opened = rows.new_zeros(len(rows), projection.open_width) if is_open else self.rows
-        self.with_norms = with_norms
-        self.norm_squared: Float64[Tensor, " unit"] = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        self._lengths = SquaredLengths(len(rows), rows.device) if with_norms else None
         self._small = _SmallParameters(self._add_flat)
+
+    @property
+    def norm_squared(self) -> Float64[Tensor, " unit"]:
+        """Squared length of each unit's gradient, when the pass is over; zeros if not wanted."""
+        lengths = SquaredLengths(len(self.rows), self.rows.device) if self._lengths is None else self._lengths
+        return lengths.sum()
 
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Add one layer's part."""
         names = self._small.keep(factors, names, self.projection.num_numbers)
         if names:
-            norm_squared = factors.project(self.projection, names, self._opened, with_norms=self.with_norms)
-            if self.with_norms:
-                self.norm_squared += norm_squared
+            factors.project(self.projection, names, self._opened, self._lengths)
 
     def finish(self) -> None:
         """Add the small parameters' part, and give the rows their width."""
@@ -217,5 +224,5 @@ class ProjectSink(AbstractSink):
 
     def _add_flat(self, names: list[str], flat: Float[Tensor, "unit number"]) -> None:
         self.projection.add_flat(self._opened, names, flat)
-        if self.with_norms:
-            self.norm_squared += squared_lengths(flat)
+        if self._lengths is not None:
+            self._lengths.measure(flat)

@@ -119,6 +119,7 @@ class AbstractProjection(ABC):
         self.open_width = width
         """Numbers in an open row, to which parts may be added at less cost until :meth:`close` makes a row of it."""
         self._sides: dict[str, Sides | None] = {}
+        self._known_names = {name: name for name in space.shapes}
         self._num_numbers = {name: math.prod(shape) for name, shape in space.shapes.items()}
         self._num_left = {name: space.num_left(name) for name in space.shapes}
 
@@ -206,6 +207,9 @@ class AbstractProjection(ABC):
         return self.space.tensor(entries.reshape(count, width))
 
     def _known(self, name: str) -> str:
+        found = self._known_names.get(name)
+        if found is not None:
+            return found
         canonical = canonical_name(name)
         if canonical not in self.space.shapes:
             raise ConfigError(
@@ -213,6 +217,7 @@ class AbstractProjection(ABC):
                 f"({', '.join(list(self.space.shapes)[:3])}, ...). Make the projection with the shapes of all "
                 "parameters whose gradients it is to see."
             )
+        self._known_names[name] = canonical
         return canonical
 
     def _check_shapes(self, rows: Tensor, name: str, values: Tensor, shape: tuple[int, ...]) -> None:
