@@ -1,3 +1,5 @@
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,6 +87,23 @@ def test_dots_over_many_numbers_are_as_exact_as_float32_is(num_vectors: int):
     capture.run(outputs, 2, 2, [sink])
     length = float(vectors[0].double().norm())
     assert abs(float(sink.dots[0, 0]) - length**2) < 1e-6 * length**2
+
+
+@pytest.mark.parametrize("kind", ["dots", "rows"])
+def test_a_sink_that_is_let_go_is_freed_at_once(model: nn.Module, data: Tensor, kind: str):
+    # It holds whole gradients, and Python's search for cycles, which counts objects, may be a long time off.
+    def make(layout: Layout) -> AbstractSink:
+        if kind == "dots":
+            return DotSink(layout, data.new_zeros(1, layout.num_params), 4)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        return ProjectSink(make_projection("identity", shapes, seed=0), data.new_empty(4, layout.num_params))
+
+    gc.disable()
+    try:
+        sink = weakref.ref(run(model, data, 4, make))
+        assert sink() is None
+    finally:
+        gc.enable()
 
 
 def test_gathered_rows_are_in_the_order_of_the_parameters(model: nn.Module, data: Tensor):

@@ -103,20 +103,23 @@ class GatherSink(AbstractSink):
         return add_up(squared_lengths(columns.sum(1)) for columns in groups.split(columns_at_once, dim=2))
 
 
+_Use = Callable[[list[str], Float[Tensor, "unit number"]], None]
+"""Uses up the gradients of some parameters, flattened and side by side."""
+
+
 class _SmallParameters:
     """Gradients of small parameters, kept back to be used up together: a call for each would cost more than its work.
 
-    Args:
-        use: Uses up the gradients of some parameters, flattened and side by side.
+    What uses them up is given anew each time: a sink that it belongs to would otherwise stay in memory, with all
+    gradients in it, until Python next looks for cycles.
     """
 
-    def __init__(self, use: Callable[[list[str], Float[Tensor, "unit number"]], None]):
-        self._use = use
+    def __init__(self):
         self._kept: dict[str, Float[Tensor, "unit number"]] = {}
         self._num_kept = 0
 
     def keep(
-        self, factors: AbstractLayerFactors, names: dict[str, str], num_numbers: Callable[[str], int]
+        self, factors: AbstractLayerFactors, names: dict[str, str], num_numbers: Callable[[str], int], use: _Use
     ) -> dict[str, str]:
         """Keep the small ones of a layer, and return the names of the others."""
         large = {}
@@ -128,13 +131,13 @@ class _SmallParameters:
             self._kept[name] = flat
             self._num_kept += flat.numel()
             if self._num_kept > numbers_at_once(flat.device):
-                self.use_up()
+                self.use_up(use)
         return large
 
-    def use_up(self) -> None:
+    def use_up(self, use: _Use) -> None:
         """Hand over what was kept."""
         if self._kept:
-            self._use(list(self._kept), torch.cat(list(self._kept.values()), dim=1))
+            use(list(self._kept), torch.cat(list(self._kept.values()), dim=1))
         self._kept.clear()
         self._num_kept = 0
 
@@ -147,7 +150,7 @@ class DotSink(AbstractSink):
         self.vectors = vectors
         self.dots: Float[Tensor, "unit vector"] = vectors.new_zeros(num_units, len(vectors))
         self._lengths = SquaredLengths(num_units, vectors.device)
-        self._small = _SmallParameters(self._add_flat)
+        self._small = _SmallParameters()
 
     @property
     def norm_squared(self) -> Float64[Tensor, " unit"]:
@@ -156,7 +159,7 @@ class DotSink(AbstractSink):
 
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Add one layer's part."""
-        names = self._small.keep(factors, names, self.layout.num_numbers)
+        names = self._small.keep(factors, names, self.layout.num_numbers, self._add_flat)
         if not names:
             return
         if not len(self.vectors):
@@ -166,7 +169,7 @@ class DotSink(AbstractSink):
 
     def finish(self) -> None:
         """Add the small parameters' part."""
-        self._small.use_up()
+        self._small.use_up(self._add_flat)
 
     def _add_flat(self, names: list[str], flat: Float[Tensor, "unit number"]) -> None:
         self._lengths.measure(flat)
@@ -202,7 +205,7 @@ class ProjectSink(AbstractSink):
         is_open = projection.open_width > projection.width
         self._opened = rows.new_zeros(len(rows), projection.open_width) if is_open else self.rows
         self._lengths = SquaredLengths(len(rows), rows.device) if with_norms else None
-        self._small = _SmallParameters(self._add_flat)
+        self._small = _SmallParameters()
 
     @property
     def norm_squared(self) -> Float64[Tensor, " unit"]:
@@ -212,13 +215,13 @@ class ProjectSink(AbstractSink):
 
     def consume(self, factors: AbstractLayerFactors, names: dict[str, str]) -> None:
         """Add one layer's part."""
-        names = self._small.keep(factors, names, self.projection.num_numbers)
+        names = self._small.keep(factors, names, self.projection.num_numbers, self._add_flat)
         if names:
             factors.project(self.projection, names, self._opened, self._lengths)
 
     def finish(self) -> None:
         """Add the small parameters' part, and give the rows their width."""
-        self._small.use_up()
+        self._small.use_up(self._add_flat)
         if self._opened is not self.rows:
             self.projection.close(self._opened, self.rows)
 
