@@ -48,6 +48,7 @@ def table_of(rows: list[int], timesteps: list[int], keys: list[int], flips: list
         np.zeros(count, bool),
         np.arange(count, dtype=np.float32) + 1,
         np.arange(count) / 7.0,
+        np.zeros(count, bool),
     )
 
 

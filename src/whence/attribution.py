@@ -24,6 +24,7 @@ from whence.memory import Limits, choose_limits, measure_footprint, parse_memory
 from whence.methods import Baseline, Grid, Method, Replay
 from whence.methods.frame import (
     AdamInverse,
+    AntitheticGrid,
     BaselineKind,
     BeforeProjection,
     Product,
@@ -66,7 +67,8 @@ def declare(
         return method, []
     query = method.query
     if isinstance(query.events, Grid):  # anything else is refused by check_method
-        query = replace(query, events=_grid(query.events, settings.timesteps, settings.draws))
+        grid = _grid(query.events, settings.timesteps, settings.draws)
+        query = replace(query, events=AntitheticGrid(**vars(grid)) if settings.antithetic else grid)
     elif isinstance(query.events, Trajectory) and settings.draws is not None:
         query = replace(query, events=replace(query.events, draws=settings.draws))
     events, unit, weights, notes = method.train.events, method.train.unit, method.weights, []
@@ -96,7 +98,8 @@ def declare(
 def _grid(events: Grid | Replay, timesteps: int | None, draws: int | None) -> Grid:
     """Change what is given of a declared grid; a replay that cannot be becomes ``UNRECORDED``."""
     grid = events if isinstance(events, Grid) else UNRECORDED
-    return Grid(grid.timesteps if timesteps is None else timesteps, grid.draws if draws is None else draws)
+    given = {"timesteps": timesteps, "draws": draws}
+    return replace(grid, **{name: number for name, number in given.items() if number is not None})
 
 
 def trace(
@@ -195,6 +198,8 @@ def prepare(
     on_path = [m for m in declared if isinstance(m, Method) and isinstance(m.query.events, Trajectory)]
     if settings.timesteps is not None and len(on_path) == len(declared):
         warnings.warn("timesteps has no effect: queries are taken at the steps of their sampler.", stacklevel=3)
+    if settings.antithetic and not any(isinstance(m, Method) and isinstance(m.query.events, Grid) for m in declared):
+        warnings.warn("antithetic has no effect: none of these methods takes queries on a grid.", stacklevel=3)
     check_same_architecture(subject.checkpoints, settings.weights_name)
     _check_query_size(subject.train, queries)
     if subject.record is not None:
@@ -450,7 +455,8 @@ def notes_on(scores: Scores, subject: Subject, settings: TraceSettings) -> list[
             notes.append(f"{late} visits after the last checkpoint are not part of the scores.")
     if scores.query_timesteps is not None and scores.halves is None:
         notes.append(
-            "With one draw at each timestep, the reliability of the scores is not known; use at least 2 draws."
+            "With one draw at each timestep, or one antithetic pair, the reliability of the scores is not known; use "
+            "at least 2 draws, of antithetic ones 4."
         )
     if settings.weights_name == "ema":
         notes.append("Gradients are taken at averaged weights; training itself moved the raw ones.")

@@ -37,7 +37,7 @@ from whence.errors import ConfigError, RecordError, ScoresError
 from whence.evaluation import rank_correlation
 from whence.event_table import EventTable
 from whence.gradients import GradientSource
-from whence.methods.frame import Grid, Replay
+from whence.methods.frame import AntitheticGrid, Grid, Replay
 from whence.progress import progress_bar
 from whence.scores import Scores
 from whence.streaming import claim
@@ -288,9 +288,8 @@ def is_replayed(scores: Scores) -> bool:
 def grid_of(scores: Scores) -> Grid | None:
     """Give the grid of queries that scores were made with; None where it was none."""
     declared = scores.details.get("method", {})
-    if declared.get("query_events") != "Grid":
-        return None
-    return Grid(**declared["query"]["events"])
+    kind = {"Grid": Grid, "AntitheticGrid": AntitheticGrid}.get(declared.get("query_events"))
+    return kind and kind(**declared["query"]["events"])
 
 
 @dataclass(frozen=True)

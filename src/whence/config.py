@@ -182,6 +182,9 @@ class QuerySettings(ComputeSettings):
     draws: int | None = None
     """Noise draws at each timestep of the query grid, or step of a sampler: an even number, or 1 (then no reliability
     can be given). By default 16 for tracin and retrac."""
+    antithetic: bool = False
+    """Take the draws of the query grid in pairs of opposite noise, which come nearer to converged scores in as many
+    passes; draws must be a multiple of 4, or 2 (then no reliability can be given)."""
     phases: int | None = None
     """Bins of query timesteps for which scores are kept apart, from least noise to most. By default 4."""
     damping: float | Literal["gcv"] | None = None

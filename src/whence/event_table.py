@@ -17,7 +17,7 @@ from whence.data import ImageData, fingerprint_of
 from whence.diffusion.noise import Side, draw_latents, noise_key
 from whence.diffusion.process import NoiseProcess, even_timesteps
 from whence.errors import DataError, RecordError, check_choice
-from whence.methods.frame import Grid, Replay, ReplayedVisits, Trajectory, WeightsRule
+from whence.methods.frame import AntitheticGrid, Grid, Replay, ReplayedVisits, Trajectory, WeightsRule
 from whence.record import Record, Visits
 from whence.recorder import flip_where
 
@@ -42,6 +42,8 @@ class EventTable:
     """Recorded factor inside the loss; None: what the training's objective gives its timestep."""
     weight: Float64[ndarray, " event"]
     """Weight w_e of the event's gradient in the score."""
+    negated: Bool[ndarray, " event"]
+    """Whether the noise is minus that of the key."""
 
     def __len__(self) -> int:
         return len(self.row)
@@ -104,6 +106,9 @@ def make_batch(
         Arrays in the order of the table.
     """
     noise, seen = process.noise(table.noise_key, images.input_shape)
+    if table.negated.any():
+        sign = np.where(table.negated, np.float32(-1), np.float32(1)).reshape(-1, *[1] * len(images.input_shape))
+        noise, seen = sign * noise, sign * seen
     clean = _clean(table, images).to(device, dtype)
     timesteps = torch.from_numpy(table.timestep).to(device)
     noise, seen = (torch.from_numpy(n).to(device, dtype) for n in (noise, seen))
@@ -181,13 +186,13 @@ def grid_events(
     """List the events of a grid: for each row all timesteps in order, at each timestep all draws.
 
     The noise depends on (seed, side, id, timestep, draw) alone, so a finer grid keeps the points it shares with a
-    coarser one.
+    coarser one. Of an antithetic grid, draws 0 and 1 are draw 0 and minus that, draws 2 and 3 are draw 1, and so on.
 
     Args:
         images: Where the samples are.
         rows: Which samples.
         side: Whose noise is drawn.
-        grid: Timesteps and draws.
+        grid: Timesteps and draws, and whether these come in pairs of opposite noise.
         num_timesteps: Timesteps T of the noising process.
         seed: Seed of the noise.
         points: Which of the timesteps, by their number; None: all.
@@ -198,9 +203,11 @@ def grid_events(
     timesteps = even_timesteps(1, num_timesteps - 1, grid.timesteps).tolist()
     chosen = timesteps if points is None else timesteps[points.start : points.stop]
     events = [(row, t, draw) for row in rows for t in chosen for draw in range(grid.draws)]
-    keys = [noise_key(seed, "grid", side, images.ids[row], t, draw) for row, t, draw in events]
+    per_key = 2 if isinstance(grid, AntitheticGrid) else 1
+    keys = [noise_key(seed, "grid", side, images.ids[row], t, draw // per_key) for row, t, draw in events]
     columns = np.array(events, dtype=np.int64).reshape(-1, 3)
-    return _table(columns[:, 0], columns[:, 1], np.array(keys, dtype=np.uint64))
+    negated = columns[:, 2] % per_key == 1
+    return _table(columns[:, 0], columns[:, 1], np.array(keys, dtype=np.uint64), negated=negated)
 
 
 def sample_events(
@@ -390,6 +397,7 @@ def _table(
     drawn: ndarray | None = None,
     loss_weight: ndarray | None = None,
     weight: ndarray | None = None,
+    negated: ndarray | None = None,
 ) -> EventTable:
     no = np.zeros(len(row), dtype=bool)
     return EventTable(
@@ -401,4 +409,5 @@ def _table(
         no if drawn is None else drawn,
         loss_weight,
         np.ones(len(row)) if weight is None else weight,
+        no if negated is None else negated,
     )

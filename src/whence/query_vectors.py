@@ -32,7 +32,7 @@ from whence.gradients import GradientSource, sum_coefficients
 from whence.indexing import content_hashes
 from whence.inverse_curvature import AbstractQueryPreconditioner, describe_solutions, make_preconditioner
 from whence.memory import QUERY_BYTES
-from whence.methods.frame import BeforeProjection, Trajectory
+from whence.methods.frame import AntitheticGrid, BeforeProjection, Trajectory
 from whence.progress import progress_bar
 from whence.projections import AbstractProjection, canonical_name
 from whence.store import Store
@@ -65,7 +65,8 @@ class AbstractQuerySide(ABC):
         contents = content_hashes(work.queries)
         if isinstance(work.query_grid, Trajectory) and work.queries.trajectories is not None:
             contents = list(map("".join, zip(work.queries.trajectories.hashes, contents, strict=True)))
-        shared = [vars(work.query_grid), work.outputs[1], *self._depends_on()]
+        pairs = ["antithetic"] if isinstance(work.query_grid, AntitheticGrid) else []
+        shared = [vars(work.query_grid), *pairs, work.outputs[1], *self._depends_on()]
         self.keys = [
             sha256_of_json([store.spec_sha256, query_id, content, *shared])[:16]
             for query_id, content in zip(work.queries.ids, contents, strict=True)

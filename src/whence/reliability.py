@@ -1,10 +1,11 @@
 """Grids of queries no larger than need be: until the noise draws agree on the scores.
 
 The split-half reliability of a query's scores (``Scores.reliability``) says how far its noise draws agree. Grids grow
-from 8 x 2 to the largest one allowed: timesteps double first, then draws. A first look takes the smallest grid
-and up to 256 training images, drawn by key; from its reliability r, the formula of Spearman and Brown predicts that of
-m times as many events, m r / (1 + (m - 1) r), and the smallest grid that should do is taken with all images. Where it
-falls short, the next is predicted from what it gave, until the target is reached or the largest grid is done.
+from 8 x 2 to the largest one allowed, those of antithetic draws from 8 x 4: timesteps double first, then draws. A
+first look takes the smallest grid and up to 256 training images, drawn by key; from its reliability r, the formula of
+Spearman and Brown predicts that of m times as many events, m r / (1 + (m - 1) r), and the smallest grid that should do
+is taken with all images. Where it falls short, the next is predicted from what it gave, until the target is reached or
+the largest grid is done.
 
 Halves share their timesteps, so agreement of draws says nothing of a grid too coarse for the timesteps; this is why
 timesteps grow first, which also gave the better scores for as many events (``docs/results/reliability.md``). The draws
@@ -26,7 +27,7 @@ from whence.config import QuerySettings, TraceSettings
 from whence.data import ImageData
 from whence.diffusion.noise import keyed_order
 from whence.errors import ConfigError, check_choice
-from whence.methods.frame import Baseline, Grid, Method, Replay
+from whence.methods.frame import AntitheticGrid, Baseline, Grid, Method, Replay
 from whence.querying import query
 from whence.record import Record
 from whence.scores import Scores
@@ -96,7 +97,12 @@ def schedule(largest: Grid, phases: int = 1) -> list[Grid]:
         >>> [(grid.timesteps, grid.draws) for grid in schedule(Grid(20, 4))]
         [(8, 2), (16, 2), (20, 2), (20, 4)]
     """
-    grid = Grid(min(max(SMALLEST.timesteps, phases), largest.timesteps), min(SMALLEST.draws, largest.draws))
+    smallest = 2 * SMALLEST.draws if isinstance(largest, AntitheticGrid) else SMALLEST.draws
+    grid = replace(
+        largest,
+        timesteps=min(max(SMALLEST.timesteps, phases), largest.timesteps),
+        draws=min(smallest, largest.draws),
+    )
     grids = [grid]
     while grid != largest:
         if grid.timesteps < largest.timesteps:
@@ -316,8 +322,11 @@ def largest_grid(methods: Sequence[Method | Baseline], settings: QuerySettings) 
         settings.timesteps or max(grid.timesteps for grid in declared if isinstance(grid, Grid)),
         settings.draws or max(grid.draws for grid in declared if isinstance(grid, Grid)),
     )
-    if largest.draws % 2:
-        raise ConfigError(f"until compares two halves of the draws, so draws must be even; found {largest.draws}.")
+    if settings.antithetic or all(isinstance(grid, AntitheticGrid) for grid in declared):
+        largest = AntitheticGrid(**vars(largest))
+    if not largest.has_halves:
+        must = "a multiple of 4 where they are antithetic" if isinstance(largest, AntitheticGrid) else "even"
+        raise ConfigError(f"until compares two halves of the draws, so draws must be {must}; found {largest.draws}.")
     return largest
 
 

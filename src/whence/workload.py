@@ -20,6 +20,7 @@ from whence.event_table import EventTable, Replays
 from whence.gradients import Family, num_vectors
 from whence.methods.frame import (
     After,
+    AntitheticGrid,
     Baseline,
     BeforeProjection,
     ConjugateGradientInverse,
@@ -74,8 +75,15 @@ def check_method(method: Method, settings: TraceSettings) -> None:
     if method.weights == "published" and method.train.events == Replay("all"):
         faults.append("weights 'published' are those of a whole interval; use them with the last visit")
     draws, timesteps = method.query.events.draws, method.query.events.timesteps
-    if draws != 1 and draws % 2:
+    if isinstance(method.query.events, AntitheticGrid):
+        if draws % 4 and draws != 2:
+            faults.append(
+                f"draws must be a multiple of 4, to be split in two halves of whole pairs, or 2; found {draws}"
+            )
+    elif draws != 1 and draws % 2:
         faults.append(f"draws must be an even number, to be split in two halves, or 1; found {draws}")
+    if isinstance(method.train.events, AntitheticGrid):
+        faults.append("pairs of opposite noise are of queries; training images have a plain grid")
     if num_phases(method, settings) > timesteps:
         faults.append(f"phases must be at most timesteps = {timesteps}, found {settings.phases}")
     if isinstance(method.train.events, Grid):
@@ -238,7 +246,7 @@ class Workload:
     @property
     def halves(self) -> bool:
         """Whether sums over half of the draws are kept."""
-        return self.query_grid.draws > 1
+        return self.query_grid.has_halves
 
     @property
     def phases(self) -> int:

@@ -14,6 +14,7 @@ from whence.methods.baselines import (
 )
 from whence.methods.frame import (
     AdamInverse,
+    AntitheticGrid,
     Baseline,
     ConjugateGradientInverse,
     DataInfInverse,
@@ -46,6 +47,7 @@ from whence.methods.trak import D_TRAK, DAS, DAS_SIGNED, JOURNEY_TRAK, RELATIF, 
 
 __all__ = [
     "AdamInverse",
+    "AntitheticGrid",
     "CLIP",
     "CLIP_DOT",
     "DAS",

@@ -45,6 +45,25 @@ class Grid:
     timesteps: int
     draws: int = 1
 
+    @property
+    def has_halves(self) -> bool:
+        """Whether the draws at a timestep fall into two independent halves."""
+        return self.draws % 2 == 0
+
+
+@dataclass(frozen=True)
+class AntitheticGrid(Grid):
+    """The same timesteps, with draws in pairs of opposite noise: e, then -e. Queries only; draws must be even.
+
+    What of a gradient is odd in the noise cancels in each pair, so that fewer draws come as near to their mean. A pair
+    lies in one half, so only a multiple of 4 draws has two halves, and a reliability.
+    """
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether the pairs at a timestep fall into two independent halves."""
+        return self.draws % 4 == 0
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -57,6 +76,11 @@ class Trajectory:
     """Of fresh noise at each step."""
     steps: int = 0
     """How many; a declaration leaves it at 0, and the queries say it."""
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether the draws at a step fall into two independent halves."""
+        return self.draws % 2 == 0
 
     @property
     def timesteps(self) -> int:
