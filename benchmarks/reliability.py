@@ -53,6 +53,7 @@ from whence.workload import Workload
 METHODS = [replace(method, checkpoints="last") for method in (TRACIN, RETRAC)]
 NAMES = [method.name for method in METHODS]
 TARGETS = (0.9, 0.95, 0.97)
+_HALVES = ("over draws", "over points")
 POINTS_AT_ONCE = 32
 """Points whose whole gradients are held."""
 REPETITIONS = {16: 3, 32: 2, 64: 2}
@@ -256,15 +257,16 @@ def tabulate(result: dict, reference: Grid) -> str:
         ceiling = result["ceiling"][name]
         spent = reference.timesteps * reference.draws
         lines += ["", f"Two references of {spent:,} passes: {np.median(ceiling):.3f} ({min(ceiling):.3f}).", ""]
-    head = ["even grid", *(f"{n}: {what}" for n in NAMES for what in ("over draws", "over points", "Spearman"))]
+    head = ["even grid", *(f"{n}: {what}" for n in NAMES for what in (*_HALVES, "Spearman"))]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for passes in all_passes:
         here = [cell for cell in cells if (cell["design"], cell["passes"]) == ("even", passes)]
-        columns = [
-            np.median([np.median(cell[name][what]) for cell in here])
-            for name in NAMES
-            for what in ("over draws", "over points", "spearman")
-        ]
+        columns: list[float] = []
+        for name in NAMES:
+            agreement = over_cells(cells, name, "even", passes)
+            assert agreement is not None
+            columns += [float(np.median([cell[name][what] for cell in here])) for what in _HALVES]
+            columns.append(agreement[0])
         lines.append(f"| {passes // 2} x 2 | {' | '.join(f'{value:.3f}' for value in columns)} |")
     lines += ["", "| --until | grid | method | passes | reliability | Spearman | worst |", "|---" * 7 + "|"]
     for budget in result["budgets"]:
