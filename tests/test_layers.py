@@ -54,6 +54,7 @@ LAYER_OF = {
     "textual_inversion": "checkpoints",
     "inverted_unet": "checkpoints",
     "_model_files": "checkpoints",
+    "_networks": "checkpoints",
     # stages: loops that turn one artifact into the next
     "training": "stages",
     "recorder": "stages",
@@ -87,6 +88,7 @@ LAYER_OF = {
     "progress": "stages",
     "event_table": "stages",
     "gradients": "stages",
+    "grid_sums": "stages",
     "attribution": "stages",
     "encoders": "stages",
     "similarity": "stages",
