@@ -59,6 +59,7 @@ LAYER_OF = {
     "training": "stages",
     "recorder": "stages",
     "_recorder_checks": "stages",
+    "_recorder_draws": "stages",
     "_recorder_folder": "stages",
     "_recorder_manifest": "stages",
     "_recorder_pass": "stages",
