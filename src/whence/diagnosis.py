@@ -1,4 +1,10 @@
-"""All bias diagnostics of a run's scores in one table, as ``evaluation/bias.json`` and as Markdown.
+"""All bias diagnostics of a run's scores, as ``evaluation/bias.json`` and as three tables.
+
+::
+
+    bias             of each method: does the size of its scores follow length and timestep of the gradient?
+    norm_curves      at each checkpoint: how long are gradients at which timestep?
+    intervention     of tracin and retrac: what becomes of images that are moved to another timestep?
 
 See :mod:`whence.bias` for what is measured.
 """
@@ -13,14 +19,17 @@ from numpy import ndarray
 
 from whence._files import publish_file, write_json
 from whence.bias import (
+    WAYS,
     Intervention,
     choose_samples,
     correlations,
+    generally_influential_from,
     intervene,
     is_replayed,
     norm_by_timestep,
     ranks_of,
     timestep_histogram,
+    trained_as,
 )
 from whence.comparison import markdown_table
 from whence.config import TraceSettings
@@ -30,7 +39,10 @@ from whence.retrieval import names_apart
 from whence.scores import Scores
 from whence.subject import Subject
 
-FORMAT_VERSION = 1  # of bias.json
+FORMAT_VERSION = 2  # of bias.json
+
+MAX_DOTS = 1500
+"""Training images kept for plots of scores against norm and timestep, evenly chosen by row."""
 
 
 def diagnose(
@@ -41,12 +53,12 @@ def diagnose(
     folder: Path,
     *,
     samples: Sequence[str] = (),
-    count: int = 3,
+    count: int = 20,
     timesteps: int = 100,
     k: int = 10,
     show_progress: bool = True,
-) -> dict[str, Any]:
-    """Diagnose scores, and write ``evaluation/bias.json`` and ``bias.md``.
+) -> dict[str, dict[str, Any]]:
+    """Diagnose scores, and write ``evaluation/bias.json``, and a Markdown file for each table.
 
     Args:
         subject: Checkpoints, training images and record.
@@ -61,7 +73,7 @@ def diagnose(
         show_progress: Show a progress bar.
 
     Returns:
-        The table: ``columns``, ``rows`` (one per method) and ``notes``.
+        Tables by name, each with ``columns``, ``rows`` and ``notes``; only the first one without an intervention.
 
     Raises:
         ConfigError: If a number is below its least.
@@ -74,25 +86,35 @@ def diagnose(
         raise ScoresError("None of these scores has gradients of training images. Trace tracin and retrac first.")
     names = dict(zip(map(id, with_gradients), names_apart(with_gradients), strict=True))
     replayed = [one for one in with_gradients if settings is not None and is_replayed(one)]
-    notes = _notes(with_gradients, replayed)
     found = None
     if replayed and settings is not None and (samples or count):
         rows = subject.train.rows(samples) if samples else choose_samples(replayed[0], count)
         options: dict[str, Any] = {"timesteps": timesteps, "show_progress": show_progress}
         found = intervene(subject, queries, replayed, rows, settings, folder / "cache", **options)
-        notes.append(
-            f"as trained, as if: median rank over queries, mean over {', '.join(found.ids)}; as if: each had been "
-            f"trained at the timestep where its gradient is longest. in top {k}: share of queries that have it there."
-        )
     effects = {} if found is None else {names[id(one)]: _effect(one, found, k, subject.train) for one in replayed}
     methods = [_diagnose_method(names[id(one)], one, k) | effects.get(names[id(one)], {}) for one in with_gradients]
-    table = _table(methods, k, has_intervention=bool(effects), notes=notes)
-    record = {"format_version": FORMAT_VERSION, "k": k, "methods": methods, "notes": notes}
-    record["samples"] = [] if found is None else _curves(found, [c.step for c in subject.checkpoints])
-    write_json(folder / "evaluation" / "bias.json", record)
-    with publish_file(folder / "evaluation" / "bias.md") as partial:
-        partial.write_text(markdown_table(table))
-    return table
+    num_query, num_train = with_gradients[0].values.shape
+    record: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "k": k,
+        "num_train": num_train,
+        "num_query": num_query,
+        "generally_influential_from": generally_influential_from(num_query, num_train, k),
+        "checkpoint_steps": [checkpoint.step for checkpoint in subject.checkpoints],
+        "methods": methods,
+        "samples": [] if found is None else _curves(found, [c.step for c in subject.checkpoints]),
+    }
+    tables = {"bias": _bias_table(methods, _notes(with_gradients, replayed))}
+    if found is not None:
+        tables |= {"norm_curves": _curve_table(found, record), "intervention": _intervention_table(record)}
+    write_json(folder / "evaluation" / "bias.json", record | {"tables": tables})
+    for name, table in tables.items():
+        with publish_file(folder / "evaluation" / f"{name}.md") as partial:
+            partial.write_text(markdown_table(table))
+    return tables
+
+
+# --- What is in bias.json ---
 
 
 def _diagnose_method(name: str, scores: Scores, k: int) -> dict[str, Any]:
@@ -106,6 +128,7 @@ def _diagnose_method(name: str, scores: Scores, k: int) -> dict[str, Any]:
             id_: [_number(values[row]) for values in (found.with_norm, found.with_timestep) if values is not None]
             for row, id_ in enumerate(scores.query_ids)
         },
+        "images": _dots(scores, k),
     }
     if scores.train_timesteps is not None:
         histogram, (edges, medians) = timestep_histogram(scores, k), norm_by_timestep(scores)
@@ -118,22 +141,41 @@ def _diagnose_method(name: str, scores: Scores, k: int) -> dict[str, Any]:
     return result
 
 
-def _effect(scores: Scores, found: Intervention, k: int, train: ImageData) -> dict[str, Any]:
-    """Ranks of each sample over queries, before and after."""
-    rows = train.rows(found.ids)
-    before, after = (ranks_of(part[scores.method], scores, rows) for part in (found.as_trained, found.as_if))
+def _dots(scores: Scores, k: int) -> dict[str, Any]:
+    """Give length, timestep and size of score of at most ``MAX_DOTS`` training images.
+
+    The size is the mean over queries of |score|, as a share of the query's strongest.
+    """
+    norms, timesteps = trained_as(scores)
+    sizes = np.abs(scores.values)
+    strongest = sizes.max(axis=1, keepdims=True)
+    sizes = (sizes / np.where(strongest > 0, strongest, 1)).mean(axis=0)
+    rows = np.flatnonzero(np.isfinite(norms))
+    if len(rows) > MAX_DOTS:
+        rows = rows[np.linspace(0, len(rows) - 1, MAX_DOTS).round().astype(int)]
+    in_top = np.isin(rows, scores.top_rows(k))
     return {
-        "intervention": [
-            {
-                "id": id_,
-                "rank_as_trained": float(np.median(before[:, column])),
-                "rank_as_if": float(np.median(after[:, column])),
-                "in_top_as_trained": float((before[:, column] <= k).mean()),
-                "in_top_as_if": float((after[:, column] <= k).mean()),
-            }
-            for column, id_ in enumerate(found.ids)
-        ]
+        "norm": _numbers(norms[rows]),
+        "timestep": None if timesteps is None else _numbers(timesteps[rows]),
+        "size": _numbers(sizes[rows]),
+        "in_top": in_top.tolist(),
     }
+
+
+def _effect(scores: Scores, found: Intervention, k: int, train: ImageData) -> dict[str, Any]:
+    """Ranks of each sample over queries, at its own timestep and where it was moved."""
+    rows = train.rows(found.ids)
+    effects: list[dict[str, Any]] = [{"id": id_} for id_ in found.ids]
+    for way, values in zip(WAYS, found.scores[scores.method], strict=True):
+        ranks = ranks_of(values, scores.values, rows)
+        of_sizes = ranks_of(np.abs(values), np.abs(scores.values), rows)
+        for column, effect in enumerate(effects):
+            effect[way] = {
+                "rank": float(ranks[:, column].mean()),
+                "in_top": float((ranks[:, column] <= k).mean()),
+                "in_strongest": float((of_sizes[:, column] <= k).mean()),
+            }
+    return {"intervention": effects}
 
 
 def _curves(found: Intervention, steps: Sequence[int]) -> list[dict[str, Any]]:
@@ -147,7 +189,7 @@ def _curves(found: Intervention, steps: Sequence[int]) -> list[dict[str, Any]]:
                     "norms": _numbers(found.curves[number, column]),
                     "trained_timestep": int(found.trained_timesteps[number, column]),
                     "trained_norm": _number(found.trained_norms[number, column]),
-                    "largest_timestep": int(found.largest_timesteps[number, column]),
+                    "longest_timestep": int(found.longest_timesteps[number, column]),
                 }
                 for number, step in enumerate(steps)
             ],
@@ -156,21 +198,63 @@ def _curves(found: Intervention, steps: Sequence[int]) -> list[dict[str, Any]]:
     ]
 
 
-def _table(
-    methods: Sequence[Mapping[str, Any]], k: int, *, has_intervention: bool, notes: Sequence[str]
-) -> dict[str, Any]:
-    effects = ("rank_as_trained", "rank_as_if", "in_top_as_trained", "in_top_as_if")
+# --- Tables ---
+
+
+def _bias_table(methods: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> dict[str, Any]:
     columns = ["method", "|score| ~ norm", "|score| ~ timestep"]
-    if has_intervention:
-        columns += ["rank as trained", "rank as if", f"in top {k} as trained", f"in top {k} as if"]
-    rows = []
-    for one in methods:
-        row: list[Any] = [one["method"], one["norm_correlation"], one["timestep_correlation"]]
-        for name in effects if has_intervention else ():
-            values = [sample[name] for sample in one.get("intervention", [])]
-            row.append(float(np.mean(values)) if values else None)
-        rows.append(row)
+    rows = [[one["method"], one["norm_correlation"], one["timestep_correlation"]] for one in methods]
     return {"columns": columns, "rows": rows, "notes": list(notes)}
+
+
+def _curve_table(found: Intervention, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Medians over samples, at five timesteps of the curve; those not visited before a checkpoint are left out."""
+    last = len(found.timesteps) - 1
+    places = sorted({0, last // 4, last // 2, 3 * last // 4, last})
+    rows = []
+    for number, step in enumerate(record["checkpoint_steps"]):
+        curves = found.curves[number][found.trained_timesteps[number] >= 0]
+        if not len(curves):
+            rows.append([step, *([None] * (len(places) + 2))])
+            continue
+        lengths = [_number(np.median(curves[:, place])) for place in places]
+        peak = float(np.median(found.timesteps[curves.argmax(axis=1)]))
+        lowest = curves.min(axis=1)
+        ratio = float(np.median(curves.max(axis=1) / np.where(lowest > 0, lowest, np.nan)))
+        rows.append([step, *lengths, peak, _number(ratio)])
+    columns = ["step", *(f"t {found.timesteps[place]}" for place in places), "longest at t", "longest / shortest"]
+    note = (
+        f"Length of the gradient by timestep, with the noise of training: median over {len(found.ids)} training images. "
+        "longest at t, longest / shortest: of each image's own curve, median over images."
+    )
+    return {"columns": columns, "rows": rows, "notes": [note]}
+
+
+def _intervention_table(record: Mapping[str, Any]) -> dict[str, Any]:
+    k, least, num_query = record["k"], record["generally_influential_from"], record["num_query"]
+    columns = ["method", "trained at", "mean rank", f"in top {k}", f"in {k} strongest", "generally influential", "rose"]
+    places = {"trained": "its own t", "longest": "t of longest gradient", "shortest": "t of shortest gradient"}
+    rows, count = [], 0
+    for one in record["methods"]:
+        effects = one.get("intervention", [])
+        count = max(count, len(effects))
+        for way in WAYS if effects else ():
+            rank, in_top, in_strongest = (
+                float(np.mean([effect[way][name] for effect in effects])) for name in ("rank", "in_top", "in_strongest")
+            )
+            general = sum(effect[way]["in_top"] * num_query >= least - 1e-9 for effect in effects)
+            rose = sum(effect[way]["rank"] < effect["trained"]["rank"] for effect in effects)
+            rows.append(
+                [one["method"], places[way], rank, in_top, in_strongest, general, None if way == "trained" else rose]
+            )
+    notes = [
+        f"{count} training images, each scored as if it had been trained at another timestep; by chance, the mean rank is "
+        f"{(record['num_train'] + 1) / 2:g} of {record['num_train']}, and in top {k} {k / record['num_train']:.2g}.",
+        f"mean rank, in top {k}: over images and queries. in {k} strongest: among the largest scores of either sign. "
+        f"generally influential: images in the top {k} of {least} or more of the {num_query} queries. rose: images with "
+        "a better mean rank than at their own timestep.",
+    ]
+    return {"columns": columns, "rows": rows, "notes": notes}
 
 
 def _notes(scores: Sequence[Scores], replayed: Sequence[Scores]) -> list[str]:

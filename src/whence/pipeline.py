@@ -494,12 +494,12 @@ class Run(RunFolder):
         self,
         *,
         samples: Sequence[str] = (),
-        count: int = 3,
+        count: int = 20,
         timesteps: int = 100,
         k: int = 10,
         queries: ImageData | None = None,
         show_progress: bool = True,
-    ) -> dict[str, Any]:
+    ) -> dict[str, dict[str, Any]]:
         """Say how far the scores of the last trace follow the timesteps of training; see :mod:`whence.bias`.
 
         Args:
@@ -511,7 +511,8 @@ class Run(RunFolder):
             show_progress: Show a progress bar.
 
         Returns:
-            A table, one row per method; ``evaluation/bias.json`` has all that it is made of.
+            Tables by name, as :func:`whence.diagnosis.diagnose` gives them; ``evaluation/bias.json`` has all that they
+            are made of, and :meth:`report` shows it.
         """
         scores, opened, used = self.load_scores(queries)
         traced = set(used) == {field.name for field in fields(TraceSettings)}  # not queried from a store
