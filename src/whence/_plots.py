@@ -1,10 +1,11 @@
-"""The three plots of the report as inline SVG, drawn by hand so that a page needs no plotting library.
+"""The plots of the report as inline SVG, drawn by hand so that a page needs no plotting library.
 
 Every plot is one ``<svg>`` whose colours and text sizes come from the page's style sheet through class names: ``all``
-(every training image), ``top`` (those in a top k), ``band`` and ``median`` (queries), ``axis``, ``grid``. They draw
-what they are given and compute nothing but bins, quartiles and tick marks.
+(every training image), ``top`` (those in a top k), ``band`` and ``median`` (queries), ``curve`` (one of many lines),
+``axis``, ``grid``. They draw what they are given and compute nothing but bins, medians, quartiles and tick marks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,9 +97,7 @@ def draw_norms(
     if not heights.size:
         return None
     last = float(np.concatenate([train_timesteps[drawable], query_timesteps]).max())
-    low, high = float(np.log10(heights.min())), float(np.log10(heights.max()))
-    pad = max(0.08, (0.7 - (high - low)) / 2)
-    low, high = low - pad, high + pad
+    low, high = _padded(heights)
     axes = _Axes((0.0, _round_up(last)), (low, high), log_y=True)
     shapes = [axes.frame(_linear_ticks(axes.x_range[1]), _log_ticks(low, high), "timestep", "gradient norm, log scale")]
     if grid.size:
@@ -106,10 +105,7 @@ def draw_norms(
         shapes.append(Markup('<path class="band" d="M{}Z"/>').format(band))
     for kind, mask in (("all", drawable & ~in_top), ("top", drawable & in_top)):
         rows = _thin_out(np.flatnonzero(mask))
-        dots = "".join(
-            f"M{x:.1f} {y:.1f}h0" for x, y in zip(axes.x(train_timesteps[rows]), axes.y(train_norms[rows]), strict=True)
-        )
-        shapes.append(Markup('<path class="dots {}" d="{}"/>').format(kind, dots))
+        shapes.append(_dots(axes, kind, train_timesteps[rows], train_norms[rows]))
     if grid.size:
         shapes.append(Markup('<path class="median" d="M{}"/>').format(_points(axes, grid, quartiles[1])))
     return _svg(shapes, f"{name}: gradient norm against timestep")
@@ -136,9 +132,15 @@ def draw_timesteps(
         An SVG, its heights in percent of all samples and of all places.
     """
     edges = np.linspace(0.0, _round_up(float(all_timesteps.max())), 21)
-    shares = [
-        100 * np.histogram(timesteps, edges)[0] / max(len(timesteps), 1) for timesteps in (all_timesteps, top_timesteps)
-    ]
+    all_counts, top_counts = (np.histogram(timesteps, edges)[0] for timesteps in (all_timesteps, top_timesteps))
+    return draw_counts(edges, all_counts, top_counts, name=name)
+
+
+def draw_counts(
+    edges: Float[ndarray, " edge"], all_counts: Int[ndarray, " bin"], top_counts: Int[ndarray, " bin"], *, name: str
+) -> Markup:
+    """Plot a histogram of trained timesteps as :func:`draw_timesteps` does, from counts."""
+    shares = [100 * counts / max(int(counts.sum()), 1) for counts in (all_counts, top_counts)]
     highest = max(float(np.max(shares)) * 1.08, 1.0)
     axes = _Axes((0.0, float(edges[-1])), (0.0, highest))
     y_ticks = {value: f"{text} %" for value, text in _linear_ticks(highest).items()}
@@ -150,6 +152,106 @@ def draw_timesteps(
         ],
         f"{name}: trained timesteps of all training images and of those in a top k",
     )
+
+
+def draw_curves(
+    timesteps: Float[ndarray, " timestep"],
+    curves: Float[ndarray, "curve timestep"],
+    marks: Float[ndarray, "mark xy"],
+    *,
+    name: str,
+) -> Markup | None:
+    """Plot gradient norms against timesteps, a line for each curve, the last one strong.
+
+    Args:
+        timesteps: Points of every curve.
+        curves: Norms; NaN or 0: leave the point out.
+        marks: Timestep and norm of dots.
+        name: What the plot shows, for readers that do not see it.
+
+    Returns:
+        An SVG; None where nothing can be drawn.
+    """
+    curves = np.where(np.isfinite(curves) & (curves > 0), curves, np.nan)
+    marks = marks[np.isfinite(marks).all(axis=1) & (marks[:, 1] > 0)]
+    heights = np.concatenate([curves[~np.isnan(curves)], marks[:, 1]])
+    if not heights.size:
+        return None
+    low, high = _padded(heights)
+    last = float(np.concatenate([timesteps, marks[:, 0]]).max())
+    axes = _Axes((0.0, _round_up(last)), (low, high), log_y=True)
+    shapes = [axes.frame(_linear_ticks(axes.x_range[1]), _log_ticks(low, high), "timestep", "gradient norm, log scale")]
+    for number, curve in enumerate(curves):
+        drawn = ~np.isnan(curve)
+        if drawn.any():
+            kind = "median" if number == len(curves) - 1 else "curve"
+            points = _points(axes, timesteps[drawn], curve[drawn])
+            shapes.append(Markup('<path class="{}" d="M{}"/>').format(kind, points))
+    shapes.append(_dots(axes, "top", marks[:, 0], marks[:, 1]))
+    return _svg(shapes, name)
+
+
+def draw_sizes(
+    places: Float[ndarray, " train"],
+    sizes: Float[ndarray, " train"],
+    in_top: Bool[ndarray, " train"],
+    *,
+    x_label: str,
+    name: str,
+) -> Markup | None:
+    """Plot sizes of scores against how images were trained, a dot an image, with the median of every tenth of them.
+
+    Args:
+        places: Norm or timestep of each image; NaN: leave it out.
+        sizes: Mean |score| as a share of the query's strongest; 0: leave it out.
+        in_top: True where the image is in the top k of some query.
+        x_label: What ``places`` are.
+        name: What the plot shows, for readers that do not see it.
+
+    Returns:
+        An SVG; None where nothing can be drawn.
+    """
+    drawn = np.isfinite(places) & np.isfinite(sizes) & (sizes > 0)
+    if not drawn.any():
+        return None
+    places, sizes, in_top = places[drawn], sizes[drawn], in_top[drawn]
+    low, high = _padded(sizes)
+    axes = _Axes((0.0, float(places.max()) * 1.04 or 1.0), (low, high), log_y=True)
+    y_ticks = _log_ticks(low, high)
+    shapes = [axes.frame(_linear_ticks(axes.x_range[1]), y_ticks, x_label, "mean |score| / strongest, log scale")]
+    for kind, mask in (("all", ~in_top), ("top", in_top)):
+        rows = _thin_out(np.flatnonzero(mask))
+        shapes.append(_dots(axes, kind, places[rows], sizes[rows]))
+    tenths = [part for part in np.array_split(np.argsort(places, kind="stable"), 10) if len(part)]
+    medians = np.array([(np.median(places[part]), np.median(sizes[part])) for part in tenths])
+    shapes.append(Markup('<path class="median" d="M{}"/>').format(_points(axes, medians[:, 0], medians[:, 1])))
+    return _svg(shapes, name)
+
+
+def draw_moves(ranks: Float[ndarray, "way sample"], labels: Sequence[str], num_train: int, *, name: str) -> Markup:
+    """Plot mean ranks of samples that were moved, a line for each, first place on top; strong: their median.
+
+    Args:
+        ranks: From 1 to ``num_train``; ways from left to right.
+        labels: What each way is.
+        num_train: Number of training images; a dashed line marks what chance gives.
+        name: What the plot shows, for readers that do not see it.
+
+    Returns:
+        An SVG.
+    """
+    axes = _Axes((-0.4, len(labels) - 0.6), (-float(np.log10(num_train)), 0.0), log_y=True)
+    powers = [10.0**power for power in range(int(np.log10(num_train)) + 1)]
+    y_ticks = {1 / rank: f"{rank:,.0f}" for rank in powers}
+    ways = np.arange(len(labels))
+    shapes = [axes.frame({float(way): label for way, label in enumerate(labels)}, y_ticks, "", "mean rank, log scale")]
+    chance = np.full(2, 2 / (num_train + 1))
+    shapes.append(Markup('<path class="chance" d="M{}"/>').format(_points(axes, np.array(axes.x_range), chance)))
+    for of_sample in ranks.T:
+        shapes.append(Markup('<path class="curve" d="M{}"/>').format(_points(axes, ways, 1 / of_sample)))
+    middle = np.median(ranks, axis=1)
+    shapes.append(Markup('<path class="median" d="M{}"/>').format(_points(axes, ways, 1 / middle)))
+    return _svg([*shapes, _dots(axes, "top", ways, 1 / middle)], name)
 
 
 def draw_scores(all_scores: Float[ndarray, " pair"], top_scores: Float[ndarray, " place"], *, name: str) -> Markup:
@@ -186,6 +288,18 @@ def draw_scores(all_scores: Float[ndarray, " pair"], top_scores: Float[ndarray, 
 def _svg(shapes: list[Markup], title: str) -> Markup:
     start = Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">')
     return start.format(_WIDTH, _HEIGHT, title) + Markup("").join(shapes) + Markup("</svg>")
+
+
+def _padded(heights: ndarray) -> tuple[float, float]:
+    """Give the powers of ten of a logarithmic axis: some room at both ends, and no less than two thirds of a decade."""
+    low, high = float(np.log10(heights.min())), float(np.log10(heights.max()))
+    pad = max(0.08, (0.7 - (high - low)) / 2)
+    return low - pad, high + pad
+
+
+def _dots(axes: _Axes, kind: str, x_values: ndarray, y_values: ndarray) -> Markup:
+    dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in zip(axes.x(x_values), axes.y(y_values), strict=True))
+    return Markup('<path class="dots {}" d="{}"/>').format(kind, dots)
 
 
 def _points(axes: _Axes, x_values: ndarray, y_values: ndarray) -> str:

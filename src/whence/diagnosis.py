@@ -9,6 +9,7 @@
 See :mod:`whence.bias` for what is measured.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -114,6 +115,27 @@ def diagnose(
     return tables
 
 
+def read_diagnosis(folder: Path) -> dict[str, Any] | None:
+    """Read what :func:`diagnose` wrote for a run.
+
+    Args:
+        folder: The run.
+
+    Returns:
+        The content of ``bias.json``; None where there is none.
+
+    Raises:
+        ScoresError: If the file is damaged.
+    """
+    path = folder / "evaluation" / "bias.json"
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ScoresError(f"{path} cannot be read: {error}. Delete it, or run `whence diagnose` again.") from error
+
+
 # --- What is in bias.json ---
 
 
@@ -142,10 +164,7 @@ def _diagnose_method(name: str, scores: Scores, k: int) -> dict[str, Any]:
 
 
 def _dots(scores: Scores, k: int) -> dict[str, Any]:
-    """Give length, timestep and size of score of at most ``MAX_DOTS`` training images.
-
-    The size is the mean over queries of |score|, as a share of the query's strongest.
-    """
+    """Give length, timestep and size of score: the mean over queries of |score|, as a share of the strongest."""
     norms, timesteps = trained_as(scores)
     sizes = np.abs(scores.values)
     strongest = sizes.max(axis=1, keepdims=True)
@@ -224,8 +243,8 @@ def _curve_table(found: Intervention, record: Mapping[str, Any]) -> dict[str, An
         rows.append([step, *lengths, peak, _number(ratio)])
     columns = ["step", *(f"t {found.timesteps[place]}" for place in places), "longest at t", "longest / shortest"]
     note = (
-        f"Length of the gradient by timestep, with the noise of training: median over {len(found.ids)} training images. "
-        "longest at t, longest / shortest: of each image's own curve, median over images."
+        f"Length of the gradient by timestep, with the noise of training: median over {len(found.ids)} training "
+        "images. longest at t, longest / shortest: of each image's own curve, median over images."
     )
     return {"columns": columns, "rows": rows, "notes": [note]}
 
@@ -248,11 +267,11 @@ def _intervention_table(record: Mapping[str, Any]) -> dict[str, Any]:
                 [one["method"], places[way], rank, in_top, in_strongest, general, None if way == "trained" else rose]
             )
     notes = [
-        f"{count} training images, each scored as if it had been trained at another timestep; by chance, the mean rank is "
-        f"{(record['num_train'] + 1) / 2:g} of {record['num_train']}, and in top {k} {k / record['num_train']:.2g}.",
+        f"{count} training images, each scored as if it had been trained at another timestep; by chance, the mean rank "
+        f"is {(record['num_train'] + 1) / 2:g} of {record['num_train']}, and in top {k} {k / record['num_train']:.2g}.",
         f"mean rank, in top {k}: over images and queries. in {k} strongest: among the largest scores of either sign. "
-        f"generally influential: images in the top {k} of {least} or more of the {num_query} queries. rose: images with "
-        "a better mean rank than at their own timestep.",
+        f"generally influential: images in the top {k} of {least} or more of the {num_query} queries. rose: images "
+        "with a better mean rank than at their own timestep.",
     ]
     return {"columns": columns, "rows": rows, "notes": notes}
 

@@ -29,7 +29,7 @@ from whence.config import (
 )
 from whence.counterfactual import Counterfactual, plan_counterfactual
 from whence.data import ImageData, open_images
-from whence.diagnosis import diagnose
+from whence.diagnosis import diagnose, read_diagnosis
 from whence.duplicates import NEAR_DISTANCE
 from whence.effects import run_counterfactual
 from whence.errors import ConfigError, ScoresError
@@ -544,7 +544,7 @@ class Run(RunFolder):
         scores: Sequence[Scores] = (),
         k: int = 10,
     ) -> Path:
-        """Write ``report/index.html`` about what was traced last.
+        """Write ``report/index.html`` about what was traced last; with the diagnosis, where :meth:`diagnose` made one.
 
         Args:
             queries: The queries, where they were given to :meth:`trace` as opened images.
@@ -580,6 +580,7 @@ class Run(RunFolder):
             queries=opened,
             summary=summary or table,
             settings=self.settings() | {"trace": settings},
+            diagnosis=read_diagnosis(self.folder),
             k=k,
         )
         if table is not None:
