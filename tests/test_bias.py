@@ -10,6 +10,7 @@ from whence.attribution import trace
 from whence.bias import (
     choose_samples,
     correlations,
+    generally_influential_from,
     intervene,
     norm_by_timestep,
     ranks_of,
@@ -93,6 +94,12 @@ def test_a_rank_is_among_the_others():
     scores = scores_of([[3, 1, 2], [0, 9, 1]], [[1, 1, 1]], [[1, 1, 1]])
     assert ranks_of(np.array([[2.5], [0.5]]), scores.values, [0]).tolist() == [[1], [3]]
     assert ranks_of(scores.values[:, [1, 2]], scores.values, [1, 2]).tolist() == [[3, 2], [1, 2]]
+
+
+def test_generally_influential_is_more_than_a_quarter_and_more_than_chance():
+    assert generally_influential_from(num_query=16, num_train=1000, k=10) == 4  # a quarter
+    assert generally_influential_from(num_query=6, num_train=1000, k=10) == 3  # no fewer than three
+    assert generally_influential_from(num_query=16, num_train=50, k=10) == 7  # twice 3.2 of chance
 
 
 def test_samples_are_chosen_among_those_that_were_always_visited():

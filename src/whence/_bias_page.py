@@ -241,18 +241,18 @@ def _say_moves(record: Mapping[str, Any], method: str, effects: Sequence[Mapping
     general = {
         way: sum(effect[way]["in_top"] * num_query >= least - 1e-9 for effect in effects) for way in _LEFT_TO_RIGHT
     }
-    if general["longest"] >= len(effects) / 2:
-        verdict = f"Under {method}, the timestep alone makes most of them generally influential."
-    elif general["longest"] > general["trained"]:
-        verdict = f"Under {method}, the timestep alone makes some of them generally influential, and most of them not."
+    if general["longest"] <= general["trained"]:
+        verdict = "makes no more of them generally influential."
+    elif general["longest"] >= len(effects) / 2:
+        verdict = "makes most of them generally influential."
     else:
-        verdict = f"Under {method}, the timestep alone makes none of them generally influential."
+        verdict = "makes some of them generally influential, and most of them not."
     return (
         f"Trained where its gradient is longest, an image goes from rank {ranks['trained']:,.0f} to "
         f"{ranks['longest']:,.0f} of {record['num_train']:,} on average (where it is shortest: "
         f"{ranks['shortest']:,.0f}); {general['longest']} of {len(effects)} images are then in the "
-        f"top {k} of {least} or more of the {num_query} "
-        f"queries, against {general['trained']} before. {verdict}"
+        f"top {k} of {least} or more of the {num_query} queries, against {general['trained']} before. Under "
+        f"{method}, the timestep alone {verdict}"
     )
 
 
