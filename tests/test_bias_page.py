@@ -163,10 +163,10 @@ class TestPlots:
         nan = np.nan
         timesteps = np.array([1.0, 500, 999])
         gaps = np.array([[nan, nan, nan], [1, nan, 2], [2, 0, 3]])
-        plot = draw_curves(timesteps, gaps, np.array([[500.0, 2], [nan, 1]]), name="curves")
+        plot = draw_curves(timesteps, gaps, np.array([[500.0, 2], [nan, 1]]), until=999.0, name="curves")
         assert plot is not None and plot.count('class="curve"') == 1 and plot.count('class="median"') == 1
         assert plot.count("h0") == 1 and "nan" not in plot
-        assert draw_curves(timesteps, np.full((2, 3), nan), np.empty((0, 2)), name="curves") is None
+        assert draw_curves(timesteps, np.full((2, 3), nan), np.empty((0, 2)), until=999.0, name="curves") is None
 
     def test_sizes_have_a_median_line_and_skip_what_has_none(self):
         places = np.arange(100.0)

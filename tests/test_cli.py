@@ -523,6 +523,8 @@ def test_rankings_are_evaluated_and_diagnosed_without_retraining(run, images, tm
     assert len(curves["rows"]) == 2 and all(1 <= row["mean rank"] <= 6 for row in moved["rows"])
     bias = json.loads((run / "evaluation" / "bias.json").read_text())
     assert len(bias["samples"]) == 1 and len(bias["samples"][0]["checkpoints"][0]["norms"]) == 3
+    page = Path(answer(capsys, "report", run)["page"]).read_text()
+    assert page.count('class="question"') == 5
     small = answer(capsys, "trace", run, "--queries", images, *TRACE, "--until", "0.01", "--until-of", "worst")
     budget = Scores.load(small["scores"]["retrac"]).details["budget"]
     assert budget["of"] == "worst" and budget["rounds"][0]["timesteps"] == 4

@@ -86,16 +86,14 @@ def _ask_curves(record: Mapping[str, Any], methods: Sequence[Mapping[str, Any]])
         parts = sample["checkpoints"]
         curves = _array([part["norms"] for part in parts])
         marks = _array([(part["trained_timestep"], part["trained_norm"]) for part in parts])
-        plot = draw_curves(
-            _array(sample["timesteps"]), curves, marks, name=f"gradient norm of {sample['id']} against timestep"
-        )
+        timesteps, name = _array(sample["timesteps"]), f"gradient norm of {sample['id']} against timestep"
+        plot = draw_curves(timesteps, curves, marks, until=timesteps.max(), name=name)
         figures += _figure(f"One image: {sample['id']}", plot, _say_curves(record["samples"]))
     medians = next((one["median_norms"] for one in methods if one.get("median_norms")), None)
     if medians is not None:
         edges, curves = _array(medians["edges"]), _array(medians["checkpoints"])
-        plot = draw_curves(
-            (edges[1:] + edges[:-1]) / 2, curves, np.empty((0, 2)), name="median gradient norm by trained timestep"
-        )
+        middles, name = (edges[1:] + edges[:-1]) / 2, "median gradient norm by trained timestep"
+        plot = draw_curves(middles, curves, np.empty((0, 2)), until=edges[-1], name=name)
         figures += _figure("All training images", plot, _say_medians(edges, curves[-1]))
     return Question(
         "Does the length of a gradient depend on the timestep?",
@@ -195,9 +193,10 @@ def _say_curves(samples: Sequence[Mapping[str, Any]]) -> str:
         return "No image was visited before the last checkpoint."
     low, high = np.quantile(peaks, [0.25, 0.75])
     images = f"Over {len(ratios)} such images" if len(ratios) > 1 else "For this image"
+    where = f"between timesteps {low:.0f} and {high:.0f}" if low < high else f"at timestep {low:.0f}"
     return (
         f"{images}, at the last checkpoint, the longest gradient is {np.median(ratios):.1f} times the shortest "
-        f"(median), and for the middle half of them it is longest between timesteps {low:.0f} and {high:.0f}."
+        f"(median), and {'for the middle half of them ' if len(ratios) > 3 else ''}it is longest {where}."
     )
 
 

@@ -159,6 +159,7 @@ def draw_curves(
     curves: Float[ndarray, "curve timestep"],
     marks: Float[ndarray, "mark xy"],
     *,
+    until: float,
     name: str,
 ) -> Markup | None:
     """Plot gradient norms against timesteps, a line for each curve, the last one strong.
@@ -167,6 +168,7 @@ def draw_curves(
         timesteps: Points of every curve.
         curves: Norms; NaN or 0: leave the point out.
         marks: Timestep and norm of dots.
+        until: Where the axis of timesteps ends.
         name: What the plot shows, for readers that do not see it.
 
     Returns:
@@ -178,8 +180,7 @@ def draw_curves(
     if not heights.size:
         return None
     low, high = _padded(heights)
-    last = float(np.concatenate([timesteps, marks[:, 0]]).max())
-    axes = _Axes((0.0, _round_up(last)), (low, high), log_y=True)
+    axes = _Axes((0.0, _round_up(until)), (low, high), log_y=True)
     shapes = [axes.frame(_linear_ticks(axes.x_range[1]), _log_ticks(low, high), "timestep", "gradient norm, log scale")]
     for number, curve in enumerate(curves):
         drawn = ~np.isnan(curve)
@@ -216,9 +217,11 @@ def draw_sizes(
         return None
     places, sizes, in_top = places[drawn], sizes[drawn], in_top[drawn]
     low, high = _padded(sizes)
-    axes = _Axes((0.0, float(places.max()) * 1.04 or 1.0), (low, high), log_y=True)
-    y_ticks = _log_ticks(low, high)
-    shapes = [axes.frame(_linear_ticks(axes.x_range[1]), y_ticks, x_label, "mean |score| / strongest, log scale")]
+    left, right = float(places.min()), float(places.max())
+    pad = 0.04 * (right - left) or 0.04 * right or 1.0
+    axes = _Axes((max(left - pad, 0.0), right + pad), (low, high), log_y=True)
+    x_ticks = _linear_ticks(axes.x_range[1], axes.x_range[0])
+    shapes = [axes.frame(x_ticks, _log_ticks(low, high), x_label, "mean |score| / strongest, log scale")]
     for kind, mask in (("all", ~in_top), ("top", in_top)):
         rows = _thin_out(np.flatnonzero(mask))
         shapes.append(_dots(axes, kind, places[rows], sizes[rows]))
@@ -240,18 +243,17 @@ def draw_moves(ranks: Float[ndarray, "way sample"], labels: Sequence[str], num_t
     Returns:
         An SVG.
     """
-    axes = _Axes((-0.4, len(labels) - 0.6), (-float(np.log10(num_train)), 0.0), log_y=True)
-    powers = [10.0**power for power in range(int(np.log10(num_train)) + 1)]
-    y_ticks = {1 / rank: f"{rank:,.0f}" for rank in powers}
+    axes = _Axes((-0.4, len(labels) - 0.6), (-float(num_train), -1.0))
+    y_ticks = {-rank: f"{rank:,.0f}" for rank in (1.0, *_linear_ticks(float(num_train))) if rank}
     ways = np.arange(len(labels))
-    shapes = [axes.frame({float(way): label for way, label in enumerate(labels)}, y_ticks, "", "mean rank, log scale")]
-    chance = np.full(2, 2 / (num_train + 1))
+    shapes = [axes.frame({float(way): label for way, label in enumerate(labels)}, y_ticks, "", "mean rank")]
+    chance = np.full(2, -(num_train + 1) / 2)
     shapes.append(Markup('<path class="chance" d="M{}"/>').format(_points(axes, np.array(axes.x_range), chance)))
     for of_sample in ranks.T:
-        shapes.append(Markup('<path class="curve" d="M{}"/>').format(_points(axes, ways, 1 / of_sample)))
+        shapes.append(Markup('<path class="curve" d="M{}"/>').format(_points(axes, ways, -of_sample)))
     middle = np.median(ranks, axis=1)
-    shapes.append(Markup('<path class="median" d="M{}"/>').format(_points(axes, ways, 1 / middle)))
-    return _svg([*shapes, _dots(axes, "top", ways, 1 / middle)], name)
+    shapes.append(Markup('<path class="median" d="M{}"/>').format(_points(axes, ways, -middle)))
+    return _svg([*shapes, _dots(axes, "top", ways, -middle)], name)
 
 
 def draw_scores(all_scores: Float[ndarray, " pair"], top_scores: Float[ndarray, " place"], *, name: str) -> Markup:
@@ -336,11 +338,13 @@ def _round_up(value: float) -> float:
     return max(float(np.ceil(value / unit) * unit), 1.0)
 
 
-def _linear_ticks(highest: float) -> _Ticks:
-    """Label 0, ..., up to ``highest`` with three to six round numbers."""
-    unit = 10.0 ** np.floor(np.log10(highest))
-    step = next(size * unit for size in (0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 2.5, 5.0) if highest / (size * unit) <= 5)
-    return {float(value): f"{value:g}" for value in np.arange(0, highest * 1.0001, step)}
+def _linear_ticks(highest: float, lowest: float = 0.0) -> _Ticks:
+    """Label round numbers from ``lowest`` to ``highest``: from zero, three to six."""
+    span = highest - lowest
+    unit = 10.0 ** np.floor(np.log10(span))
+    step = next(size * unit for size in (0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 2.5, 5.0) if span / (size * unit) <= 5)
+    first = max(float(np.ceil(lowest / step - 1e-9)) * step, 0.0)
+    return {float(value): f"{value:g}" for value in np.arange(first, lowest + span * 1.0001, step)}
 
 
 def _log_ticks(low: float, high: float) -> _Ticks:
