@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy import stats
+from seeds import interval, markdown
 
 from whence.demo import PLANTED, run_demo
 from whence.pipeline import Run
@@ -26,15 +27,6 @@ from whence.pipeline import Run
 LOSSES = ("l1", "mse")
 SEEDS = (0, 1, 2)
 MEASURES = ("precision@10", "false@10", "unique@10")
-
-
-def interval(values: list[float]) -> str:
-    """Mean and 95% interval of a few values."""
-    mean, error = np.mean(values), stats.sem(values)
-    if error == 0:
-        return f"{mean:+.3f} (all equal)"
-    low, high = stats.t.interval(0.95, len(values) - 1, mean, error)
-    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def explain(run: Run) -> list[str]:
@@ -55,12 +47,6 @@ def explain(run: Run) -> list[str]:
     return cells
 
 
-def print_table(columns: list[str], rows: list[list[str]]) -> None:
-    """Print a Markdown table."""
-    print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    print(*("| " + " | ".join(row) + " |" for row in rows), sep="\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-claims"), help="folder of the six runs")
@@ -78,9 +64,11 @@ def main() -> None:
 
     rows = [[loss, str(seed), name, *(f"{r[m]:.3f}" for m in MEASURES)] for (loss, seed, name), r in results.items()]
     reliability = ["" if r["reliability"] is None else f"{r['reliability']:.3f}" for r in results.values()]
-    print_table(
-        ["loss", "seed", "method", *MEASURES, "reliability"],
-        [[*row, cell] for row, cell in zip(rows, reliability, strict=True)],
+    print(
+        markdown(
+            ["loss", "seed", "method", *MEASURES, "reliability"],
+            [[*row, cell] for row, cell in zip(rows, reliability, strict=True)],
+        )
     )
     differences = [
         [
@@ -92,11 +80,11 @@ def main() -> None:
         ]
         for loss in LOSSES
     ]
-    print_table(["ReTrac minus TracIn", *MEASURES], differences)
+    print(markdown(["ReTrac minus TracIn", *MEASURES], differences))
     columns = ["loss", "seed", "query norm at t = 1, 533, 999"]
     for name in ("TracIn", "ReTrac"):
         columns += [f"{name}: Spearman of score size and norm", f"{name}: share of the least noisy phase"]
-    print_table(columns, reasons)
+    print(markdown(columns, reasons))
 
 
 if __name__ == "__main__":

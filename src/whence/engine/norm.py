@@ -37,14 +37,15 @@ class GroupNormFactors(AbstractLayerFactors):
         else:
             sizes = (num_events, num_channels, num_positions, groups)
             _, mean, scale = torch.native_group_norm(inputs, None, None, *sizes, self.layer.eps)
-        flat = (1, num_events * num_channels, num_positions)
         _, weight, bias = _BACKWARD(
-            grads.view(flat),
-            inputs.view(flat),
-            mean.view(1, -1),
-            scale.view(1, -1),
+            grads,
+            inputs,
+            mean,
+            scale,
             inputs.new_empty(()).expand(num_events * num_channels),  # only gradients of inputs depend on the weight
-            *flat,
+            1,
+            num_events * num_channels,
+            num_positions,
             num_events * groups,
             [False, True, True],  # of input, weight, bias
         )

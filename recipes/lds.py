@@ -1,11 +1,13 @@
-"""Which method predicts what retraining does: LDS of every method on CIFAR-2, beside its cost.
+"""Which method predicts what retraining does: LDS of every method beside its cost, on two data sets.
 
-    python recipes/cifar2_lds.py --data FOLDER --out cifar2
+    python recipes/lds.py --data FOLDER --out cifar2
+    python recipes/lds.py --data FOLDER --dataset fashion-mnist --out fashion
 
 FOLDER holds ``cifar2.parquet`` (5,000 CIFAR-10 automobiles and horses, 32 px) and ``cifar2_queries.parquet`` (200
-others), with columns id, image, label. Steps that are done are not done again: kill it, and run it again.
+others), or ``fashion_mnist.parquet`` (1,000 images of ten classes), with columns id, image, label. Steps that are done
+are not done again: kill it, and run it again.
 
-1. ``whence train`` on 256 images, half of them automobiles; ten checkpoints, and a record.
+1. ``whence train`` on 256 images, as many of each class; ten checkpoints, and a record.
 2. ``whence retrain`` on 40 random halves of them, two seeds each; measured on 20 other images (validation) and on 20
    images sampled from the model of step 1 (generated).
 3. Every method of ``whence methods`` that this model can have, and combinations of them, by ``whence trace``, ``whence
@@ -13,15 +15,16 @@ others), with columns id, image, label. Steps that are done are not done again: 
    cross-validation over training images. Neither looks at queries or retrained models. Rows called *oracle* do, and are
    there for comparison: as published, with the best damping of a grid on the very queries that are reported.
 4. LDS of the mean loss, with intervals over queries and subsets and the ceiling that the noise of retraining sets;
-   sample-passes, seconds and stored bytes of each method: ``OUT/table.md`` and ``OUT/table.json``.
+   *class@10*, the share of the top 10 of validation queries that is of the query's class; sample-passes, seconds and
+   stored bytes of each method: ``OUT/table.md`` and ``OUT/table.json``.
 
 Scaled to two CPU cores in about an hour: 256 images instead of 5,000, 16 px instead of 32, a UNet of 0.45 instead of
 35.7 million parameters, 60 epochs instead of 200. At full size, on a GPU, as D-TRAK has it::
 
-    python recipes/cifar2_lds.py --data FOLDER --out cifar2-full --full --device cuda
+    python recipes/lds.py --data FOLDER --out cifar2-full --full --device cuda
 
 which is 5,000 images, 32 px, widths 128 256 256 256, batches of 128, 200 epochs, 64 subsets x 3 seeds, 1,000 queries.
-What came out of the small one stands in docs/results/cifar2_lds.md.
+What came out of the small ones stands in docs/results/lds.md.
 """
 
 import argparse
@@ -37,7 +40,8 @@ import pyarrow.parquet as pq
 
 import whence
 from whence.config import DataSettings, IndexSettings, ModelSettings, RetrainingSettings, TrainingSettings
-from whence.evaluation import unique_share
+from whence.data import ImageData
+from whence.evaluation import precision, unique_share
 from whence.ground_truth import GroundTruth
 from whence.lds import LdsResult, evaluate_lds
 from whence.methods import (
@@ -70,8 +74,11 @@ from whence.methods import (
     RidgeInverse,
 )
 from whence.pipeline import Run
+from whence.retrieval import find_relevant
 from whence.scores import Scores
 
+DATASETS = {"cifar2": ("cifar2.parquet", "cifar2_queries.parquet"), "fashion-mnist": ("fashion_mnist.parquet",) * 2}
+"""Files with training images and with queries; where they are one, queries are what training leaves over."""
 DAMPINGS = tuple(10.0**k for k in range(-6, 5))
 """Of which the oracles take the best."""
 
@@ -146,16 +153,18 @@ STORED: Sequence[Method] = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with the two parquet files")
-    parser.add_argument("--out", type=Path, default=Path("cifar2"), help="folder of everything that is made")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the parquet files")
+    parser.add_argument("--dataset", choices=DATASETS, default="cifar2", help="which images")
+    parser.add_argument("--out", type=Path, required=True, help="folder of everything that is made")
     parser.add_argument("--full", action="store_true", help="the size of the published experiment, for a GPU")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--workers", type=int, help="processes that retrain at once")
     arguments = parser.parse_args()
     size, out = (FULL if arguments.full else SMALL), arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    train = choose_images(arguments.data / "cifar2.parquet", out / "train.parquet", size.images)
-    validation = choose_images(arguments.data / "cifar2_queries.parquet", out / "validation.parquet", size.queries)
+    images, others = (arguments.data / name for name in DATASETS[arguments.dataset])
+    train = choose_images(images, out / "train.parquet", size.images)
+    validation = choose_images(others, out / "validation.parquet", size.queries, without=train)
     run = whence.train_run(
         out / "run",
         str(train),
@@ -173,11 +182,14 @@ def main() -> None:
     write_table(run, truth, sets, size, arguments.device, out)
 
 
-def choose_images(source: Path, target: Path, count: int) -> Path:
-    """Write the first images of each label, as many of one as of the other."""
+def choose_images(source: Path, target: Path, count: int, without: Path | None = None) -> Path:
+    """Write the first images of each label, as many of each; of those that are not in another file."""
     table = pq.read_table(source)
+    if without is not None:
+        table = table.filter(~np.isin(table["id"].to_pylist(), pq.read_table(without)["id"].to_pylist()))
     labels = np.array(table["label"].to_pylist())
-    rows = np.sort(np.concatenate([np.flatnonzero(labels == label)[: count // 2] for label in np.unique(labels)]))
+    kinds = np.unique(labels)
+    rows = np.sort(np.concatenate([np.flatnonzero(labels == label)[: count // len(kinds)] for label in kinds]))
     pq.write_table(table.take(rows), target)
     return target
 
@@ -244,6 +256,17 @@ def _stored(
             yield Scored(f"{method.name} (oracle for {name})", best, passes, 0.0, num_bytes)
 
 
+def class_precision(scores: Scores, train: ImageData, queries: ImageData) -> float | None:
+    """Give the share of the top 10 that is of the query's class, mean over the labelled queries that are scored."""
+    row_of = {id_: row for row, id_ in enumerate(scores.query_ids)}
+    scored = [row for row, id_ in enumerate(queries.ids) if id_ in row_of]
+    group = find_relevant(train, queries).group
+    if group is None or not scored:
+        return None
+    top_rows = scores.top_rows(10)[[row_of[queries.ids[row]] for row in scored]]
+    return float(precision(top_rows, group[scored]).mean())
+
+
 def _lds(scores: Scores, truth: GroundTruth) -> dict[str, LdsResult]:
     return {result.query_set: result for result in evaluate_lds(scores, truth)}
 
@@ -256,6 +279,7 @@ def write_table(run: Run, truth: GroundTruth, sets: Mapping[str, str], size: Siz
     rows: list[dict[str, Any]] = []
     costs_file = out / "costs.json"
     costs: dict[str, dict[str, Any]] = json.loads(costs_file.read_text()) if costs_file.exists() else {}
+    labelled = run.open_queries(sets["validation"])
     for scored in score_all(run, sets, truth, size, device):
         found = _lds(scored.scores, truth)
         row: dict[str, Any] = {"method": scored.name}
@@ -265,6 +289,7 @@ def write_table(run: Run, truth: GroundTruth, sets: Mapping[str, str], size: Siz
         names = ("sample_passes", "seconds", "stored_bytes")
         cost = costs.setdefault(scored.name, {name.replace("_", " "): getattr(scored, name) for name in names})
         costs_file.write_text(json.dumps(costs, indent=1) + "\n")
+        row["class@10"] = class_precision(scored.scores, run.train_images, labelled)
         row |= {"unique@10": unique_share(scored.scores.top_rows(10)), **cost}
         print(row, flush=True)
         rows.append(row)
@@ -275,15 +300,25 @@ def write_table(run: Run, truth: GroundTruth, sets: Mapping[str, str], size: Siz
 
 def to_markdown(rows: Sequence[Mapping[str, Any]], sets: Sequence[str], ceilings: Mapping[str, float]) -> str:
     """Lay the rows out as a table, the best on validation queries first."""
-    heads = ["method", *(f"LDS, {name}" for name in sets), "unique@10", "sample-passes", "seconds", "stored"]
+    heads = [
+        "method",
+        *(f"LDS, {name}" for name in sets),
+        "class@10",
+        "unique@10",
+        "sample-passes",
+        "seconds",
+        "stored",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for row in sorted(rows, key=lambda row: -(row[sets[0]] or [-1])[0]):
         lds = [f"{row[n][0]:.3f} ({row[n][1]:.3f} to {row[n][2]:.3f})" if row[n] else "" for n in sets]
         stored = f"{row['stored bytes'] / 2**20:.0f} MiB" if row["stored bytes"] else ""
-        cells = [row["method"], *lds, f"{row['unique@10']:.2f}", f"{row['sample passes']:,}", f"{row['seconds']:.0f}"]
-        lines.append(f"| {' | '.join([*cells, stored])} |")
+        of_class = "" if row["class@10"] is None else f"{row['class@10']:.2f}"
+        cells = [row["method"], *lds, of_class, f"{row['unique@10']:.2f}"]
+        cells += [f"{row['sample passes']:,}", f"{row['seconds']:.0f}", stored]
+        lines.append(f"| {' | '.join(cells)} |")
     limits = [f"{ceilings[name]:.3f}" if name in ceilings else "" for name in sets]
-    lines.append(f"| {' | '.join(['ceiling', *limits, '', '', '', ''])} |")
+    lines.append(f"| {' | '.join(['ceiling', *limits, *[''] * 5])} |")
     return "\n".join(lines) + "\n"
 
 
