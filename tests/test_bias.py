@@ -177,6 +177,8 @@ def test_a_diagnosis_has_a_row_for_each_method_with_gradients(subject, traced, t
     tracin, _, gridded = tables["bias"]["rows"]
     assert tracin[1] == pytest.approx(np.median(correlations(traced[0]).with_norm))
     assert tracin[2] is not None and gridded[2] is None
+    counts = np.bincount(traced[0].top_rows(2).ravel())
+    assert tracin[3] == (counts == 3).sum()  # three queries, and no fewer than three make it general
     assert any("No intervention for grad-dot" in note for note in tables["bias"]["notes"])
     assert [row[:2] for row in tables["intervention"]["rows"]] == [
         [method, f"{where}"]
@@ -187,6 +189,11 @@ def test_a_diagnosis_has_a_row_for_each_method_with_gradients(subject, traced, t
     row = subject.train.rows([record["samples"][0]["id"]])[0]
     mean_rank = np.mean(1 + (traced[0].values > traced[0].values[:, [row]]).sum(axis=1))
     assert record["methods"][0]["intervention"][0]["trained"]["rank"] == mean_rank
+    moves = [e["longest"]["rank"] - e["trained"]["rank"] for e in record["methods"][0]["intervention"]]
+    half = 12.7062 * abs(moves[0] - moves[1]) / 2  # Student's t with one degree of freedom
+    assert tables["intervention"]["rows"][1][3:6] == pytest.approx(
+        [np.mean(moves), np.mean(moves) - half, np.mean(moves) + half], rel=1e-4
+    )
     assert len(tables["norm_curves"]["rows"]) == len(subject.checkpoints)
     curves = np.array([s["checkpoints"][-1]["norms"] for s in record["samples"]])
     assert tables["norm_curves"]["rows"][-1][-1] == pytest.approx(np.median(curves.max(1) / curves.min(1)))

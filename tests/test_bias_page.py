@@ -46,6 +46,7 @@ def method_record(scores: Scores, **changes: Any) -> dict[str, Any]:
         "trained_timesteps": {"edges": [0.0, 500.0, 1000.0], "all": [10, 10], "top": [1, 3]},
         "median_norms": {"edges": [0.0, 500.0, 1000.0], "checkpoints": [[None, 1.0], [3.0, 1.5]]},
         "intervention": effects([(12, 2, 20), (18, 4, 22)], [(0, 1, 0), (0.25, 0.75, 0)]),
+        "rank_change": {"longest": {"mean": -12.0, "low": -37.4, "high": 13.4}},
     } | changes
 
 
@@ -101,10 +102,11 @@ def test_a_diagnosis_answers_five_questions(tmp_path: Path):
         "Hardly: images trained at later timesteps get scores no larger or smaller than others (rank correlation −0.05",
         "25 % of the places in a top 2 would have to go to other bars",
         "timesteps 500 to 1000 have 75 % of the places and 50 % of the images",
-        "goes from rank 15 to 3 of 30 on average (where it is shortest: 21); 2 of 2 images are then in the top 2 of 3 "
-        "or more of the 4 queries, against 0 before. Under TracIn, the timestep alone makes most of them generally",
-        "1 of 2 images are then in the top 2 of 3 or more of the 4 queries, against 1 before. Under ReTrac, the "
-        "timestep alone makes no more of them generally influential.",
+        "goes from rank 15 to 3 of 30 on average (change −12, 95 % interval −37 to +13), and 2 of 2 images are in the "
+        "top 2 of 3 or more of the 4 queries, against 0 before; where it is shortest, to rank 21. Under TracIn, the "
+        "timestep alone makes most of them generally",
+        "and 1 of 2 images are in the top 2 of 3 or more of the 4 queries, against 1 before; where it is shortest, to "
+        "rank 16. Under ReTrac, the timestep alone makes no more of them generally influential.",
         "One image: train-<0>",
     ):
         assert said in words
@@ -175,4 +177,5 @@ class TestPlots:
         (line,) = re.findall(r'class="median" d="M([^"]*)"', plot)
         heights = [float(point.split()[1]) for point in line.split("L")]
         assert len(heights) == 10 and heights == sorted(heights, reverse=True)
+        assert ">0<" in plot and ">-0<" not in plot
         assert draw_sizes(places * np.nan, places, places > 90, x_label="norm", name="sizes") is None

@@ -166,7 +166,7 @@ def _ask_moves(record: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) 
             ranks = _array([[effect[way]["rank"] for effect in effects] for way in _LEFT_TO_RIGHT])
             name = f"{one['method']}: ranks of images that are moved to other timesteps"
             plot = draw_moves(ranks, list(_LEFT_TO_RIGHT.values()), record["num_train"], name=name)
-            figures += _figure(one["method"], plot, _say_moves(record, one["method"], effects))
+            figures += _figure(one["method"], plot, _say_moves(record, one))
     return Question(
         "What if an image had been trained at another timestep?",
         f"{count} training images are scored again as if they had been trained where their gradient is longest, and "
@@ -234,7 +234,8 @@ def _say_histogram(edges: ndarray, everything: ndarray, top: ndarray, k: int) ->
     )
 
 
-def _say_moves(record: Mapping[str, Any], method: str, effects: Sequence[Mapping[str, Any]]) -> str:
+def _say_moves(record: Mapping[str, Any], one: Mapping[str, Any]) -> str:
+    method, effects = one["method"], one["intervention"]
     k, num_query, least = record["k"], record["num_query"], record["generally_influential_from"]
     ranks = {way: np.mean([effect[way]["rank"] for effect in effects]) for way in _LEFT_TO_RIGHT}
     general = {
@@ -248,10 +249,18 @@ def _say_moves(record: Mapping[str, Any], method: str, effects: Sequence[Mapping
         verdict = "makes some of them generally influential, and most of them not."
     return (
         f"Trained where its gradient is longest, an image goes from rank {ranks['trained']:,.0f} to "
-        f"{ranks['longest']:,.0f} of {record['num_train']:,} on average (where it is shortest: "
-        f"{ranks['shortest']:,.0f}); {general['longest']} of {len(effects)} images are then in the "
-        f"top {k} of {least} or more of the {num_query} queries, against {general['trained']} before. Under "
+        f"{ranks['longest']:,.0f} of {record['num_train']:,} on average{_say_interval(one['rank_change']['longest'])}, "
+        f"and {general['longest']} of {len(effects)} images are in the top {k} of {least} or more of the {num_query} "
+        f"queries, against {general['trained']} before; where it is shortest, to rank {ranks['shortest']:,.0f}. Under "
         f"{method}, the timestep alone {verdict}"
+    )
+
+
+def _say_interval(change: Mapping[str, float | None]) -> str:
+    if change["low"] is None:
+        return ""
+    return f" (change {change['mean']:+,.0f}, 95 % interval {change['low']:+,.0f} to {change['high']:+,.0f})".replace(
+        "-", "−"
     )
 
 

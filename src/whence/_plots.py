@@ -343,7 +343,7 @@ def _linear_ticks(highest: float, lowest: float = 0.0) -> _Ticks:
     span = highest - lowest
     unit = 10.0 ** np.floor(np.log10(span))
     step = next(size * unit for size in (0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 2.5, 5.0) if span / (size * unit) <= 5)
-    first = max(float(np.ceil(lowest / step - 1e-9)) * step, 0.0)
+    first = int(np.ceil(lowest / step - 1e-9)) * step  # no minus before a zero
     return {float(value): f"{value:g}" for value in np.arange(first, lowest + span * 1.0001, step)}
 
 

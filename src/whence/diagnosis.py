@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy import ndarray
+from scipy.special import stdtrit
 
 from whence._files import publish_file, write_json
 from whence.bias import (
@@ -105,7 +106,7 @@ def diagnose(
         "methods": methods,
         "samples": [] if found is None else _curves(found, [c.step for c in subject.checkpoints]),
     }
-    tables = {"bias": _bias_table(methods, _notes(with_gradients, replayed))}
+    tables = {"bias": _bias_table(record, _notes(record, with_gradients, replayed))}
     if found is not None:
         tables |= {"norm_curves": _curve_table(found, record), "intervention": _intervention_table(record)}
     write_json(folder / "evaluation" / "bias.json", record | {"tables": tables})
@@ -141,9 +142,12 @@ def read_diagnosis(folder: Path) -> dict[str, Any] | None:
 
 def _diagnose_method(name: str, scores: Scores, k: int) -> dict[str, Any]:
     found = correlations(scores)
+    num_query, num_train = scores.values.shape
+    counts = np.bincount(scores.top_rows(k).ravel(), minlength=num_train)
     result: dict[str, Any] = {
         "method": name,
         "scores": scores.content_hash,
+        "generally_influential": int((counts >= generally_influential_from(num_query, num_train, k)).sum()),
         "norm_correlation": _median(found.with_norm),
         "timestep_correlation": None if found.with_timestep is None else _median(found.with_timestep),
         "per_query": {
@@ -194,7 +198,19 @@ def _effect(scores: Scores, found: Intervention, k: int, train: ImageData) -> di
                 "in_top": float((ranks[:, column] <= k).mean()),
                 "in_strongest": float((of_sizes[:, column] <= k).mean()),
             }
-    return {"intervention": effects}
+    changes = {
+        way: _change([effect[way]["rank"] - effect["trained"]["rank"] for effect in effects]) for way in WAYS[1:]
+    }
+    return {"intervention": effects, "rank_change": changes}
+
+
+def _change(changes: Sequence[float]) -> dict[str, float | None]:
+    """Give the mean over samples with Student's 95 % interval; without ends for one sample."""
+    mean = float(np.mean(changes))
+    if len(changes) < 2:
+        return {"mean": mean, "low": None, "high": None}
+    half = float(stdtrit(len(changes) - 1, 0.975) * np.std(changes, ddof=1) / len(changes) ** 0.5)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def _curves(found: Intervention, steps: Sequence[int]) -> list[dict[str, Any]]:
@@ -220,9 +236,10 @@ def _curves(found: Intervention, steps: Sequence[int]) -> list[dict[str, Any]]:
 # --- Tables ---
 
 
-def _bias_table(methods: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> dict[str, Any]:
-    columns = ["method", "|score| ~ norm", "|score| ~ timestep"]
-    rows = [[one["method"], one["norm_correlation"], one["timestep_correlation"]] for one in methods]
+def _bias_table(record: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:
+    columns = ["method", "|score| ~ norm", "|score| ~ timestep", "generally influential"]
+    fields = ("method", "norm_correlation", "timestep_correlation", "generally_influential")
+    rows = [[one[field] for field in fields] for one in record["methods"]]
     return {"columns": columns, "rows": rows, "notes": list(notes)}
 
 
@@ -251,7 +268,8 @@ def _curve_table(found: Intervention, record: Mapping[str, Any]) -> dict[str, An
 
 def _intervention_table(record: Mapping[str, Any]) -> dict[str, Any]:
     k, least, num_query = record["k"], record["generally_influential_from"], record["num_query"]
-    columns = ["method", "trained at", "mean rank", f"in top {k}", f"in {k} strongest", "generally influential", "rose"]
+    columns = ["method", "trained at", "mean rank", "change", "low", "high", "rose"]
+    columns += [f"in top {k}", f"in {k} strongest", "generally influential"]
     places = {"trained": "its own t", "longest": "t of longest gradient", "shortest": "t of shortest gradient"}
     rows, count = [], 0
     for one in record["methods"]:
@@ -263,23 +281,25 @@ def _intervention_table(record: Mapping[str, Any]) -> dict[str, Any]:
             )
             general = sum(effect[way]["in_top"] * num_query >= least - 1e-9 for effect in effects)
             rose = sum(effect[way]["rank"] < effect["trained"]["rank"] for effect in effects)
-            rows.append(
-                [one["method"], places[way], rank, in_top, in_strongest, general, None if way == "trained" else rose]
-            )
+            change = [None] * 4 if way == "trained" else [*one["rank_change"][way].values(), rose]
+            rows.append([one["method"], places[way], rank, *change, in_top, in_strongest, general])
     notes = [
         f"{count} training images, each scored as if it had been trained at another timestep; by chance, the mean rank "
         f"is {(record['num_train'] + 1) / 2:g} of {record['num_train']}, and in top {k} {k / record['num_train']:.2g}.",
+        "change: of the mean rank, against that at its own timestep; below 0, towards the first place. low, high: 95 % "
+        "interval over images (Student's t). rose: images with a better mean rank than at their own timestep.",
         f"mean rank, in top {k}: over images and queries. in {k} strongest: among the largest scores of either sign. "
-        f"generally influential: images in the top {k} of {least} or more of the {num_query} queries. rose: images "
-        "with a better mean rank than at their own timestep.",
+        f"generally influential: images in the top {k} of {least} or more of the {num_query} queries.",
     ]
     return {"columns": columns, "rows": rows, "notes": notes}
 
 
-def _notes(scores: Sequence[Scores], replayed: Sequence[Scores]) -> list[str]:
+def _notes(record: Mapping[str, Any], scores: Sequence[Scores], replayed: Sequence[Scores]) -> list[str]:
     notes = [
         "|score| ~ norm, |score| ~ timestep: rank correlation, over training images, of the size of the score with the "
-        "length of the gradient as it was trained, and with the timestep; median over queries. Near 0 without a bias."
+        "length of the gradient as it was trained, and with the timestep; median over queries. Near 0 without a bias.",
+        f"generally influential: training images in the top {record['k']} of {record['generally_influential_from']} or "
+        f"more of the {record['num_query']} queries.",
     ]
     without = [one.method for one in scores if one.train_timesteps is None]
     if without:
