@@ -159,6 +159,8 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the size of the published experiment, for a GPU")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--workers", type=int, help="processes that retrain at once")
+    names = [method.name for method in (*STORED, *TRACED)]
+    parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD", help="these alone")
     arguments = parser.parse_args()
     size, out = (FULL if arguments.full else SMALL), arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -179,7 +181,7 @@ def main() -> None:
     if arguments.workers:
         retraining = replace(retraining, workers=arguments.workers)
     truth = run.retrain(sets, retraining)
-    write_table(run, truth, sets, size, arguments.device, out)
+    write_table(run, truth, sets, size, arguments.device, out, arguments.methods)
 
 
 def choose_images(source: Path, target: Path, count: int, without: Path | None = None) -> Path:
@@ -205,12 +207,17 @@ class Scored:
     stored_bytes: int = 0
 
 
-def score_all(run: Run, sets: Mapping[str, str], truth: GroundTruth, size: Size, device: str) -> Iterator[Scored]:
-    """Score by every method, one after the other."""
+def score_all(
+    run: Run, sets: Mapping[str, str], truth: GroundTruth, size: Size, device: str, names: Sequence[str]
+) -> Iterator[Scored]:
+    """Score by each of the named methods, one after the other."""
     queries = list(sets.values())
     for method in STORED:
-        yield from _stored(run, sets, truth, size, device, method)
+        if method.name in names:
+            yield from _stored(run, sets, truth, size, device, method)
     for method in TRACED:
+        if method.name not in names:
+            continue
         # The published grid of TracIn and ReTrac has 1,600 events; four draws are enough to tell methods apart here.
         grid = {"timesteps": size.timesteps, "draws": size.draws, "train_timesteps": size.timesteps, "device": device}
         passes = run.plan(queries, [method], **grid).sample_passes if isinstance(method, Method) else 0
@@ -271,7 +278,15 @@ def _lds(scores: Scores, truth: GroundTruth) -> dict[str, LdsResult]:
     return {result.query_set: result for result in evaluate_lds(scores, truth)}
 
 
-def write_table(run: Run, truth: GroundTruth, sets: Mapping[str, str], size: Size, device: str, out: Path) -> None:
+def write_table(
+    run: Run,
+    truth: GroundTruth,
+    sets: Mapping[str, str],
+    size: Size,
+    device: str,
+    out: Path,
+    names: Sequence[str],
+) -> None:
     """Score by every method and compare with the ground truth; a row is written as soon as it is there.
 
     What a method cost is kept from the first time: scores that are there cost nothing.
@@ -280,7 +295,7 @@ def write_table(run: Run, truth: GroundTruth, sets: Mapping[str, str], size: Siz
     costs_file = out / "costs.json"
     costs: dict[str, dict[str, Any]] = json.loads(costs_file.read_text()) if costs_file.exists() else {}
     labelled = run.open_queries(sets["validation"])
-    for scored in score_all(run, sets, truth, size, device):
+    for scored in score_all(run, sets, truth, size, device, names):
         found = _lds(scored.scores, truth)
         row: dict[str, Any] = {"method": scored.name}
         for name in sets:
