@@ -27,11 +27,6 @@ SETTINGS = TraceSettings(
 
 
 @pytest.fixture(scope="module")
-def subject(toy_run, toy_train):
-    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
-
-
-@pytest.fixture(scope="module")
 def scores(subject, toy_queries, tmp_path_factory):
     methods = [TRACIN, RETRAC, GRAD_DOT, GRAD_COS, PIXELS, RANDOM]
     return trace(subject, toy_queries, methods, SETTINGS, tmp_path_factory.mktemp("scores"), show_progress=False)

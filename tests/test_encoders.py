@@ -89,6 +89,27 @@ class TestVae:
         np.testing.assert_allclose(found.values, want, atol=1e-5 * np.abs(want).max())
         assert "latents (mode of the posterior, scaled) of AutoencoderKL" in found.notes[0]
 
+    def test_channels_are_standardised_where_the_vae_says_how(self, vae, tmp_path):
+        model, folder = vae
+        mean, deviation = torch.tensor([0.5, -0.25]).view(-1, 1, 1), torch.tensor([4.0, 0.5]).view(-1, 1, 1)
+        other = tmp_path / "vae"
+        model.save_pretrained(other)
+        config = json.loads((other / "config.json").read_text())
+        config |= {"latents_mean": mean.flatten().tolist(), "latents_std": deviation.flatten().tolist()}
+        (other / "config.json").write_text(json.dumps(config))
+
+        def latents(image):
+            with torch.no_grad():
+                mode = model.encode(torch.from_numpy(image)[None]).latent_dist.mode()
+            return (mode - mean) / deviation * 0.18215
+
+        found, want = score(VAE_DOT, tmp_path / "run", str(other)), by_hand(latents, "dot")
+        np.testing.assert_allclose(found.values, want, atol=1e-5 * np.abs(want).max())
+        plain = find_encoder(replace(VAE, encoder=str(folder)), TRAIN)
+        assert (
+            "channels" in find_encoder(replace(VAE, encoder=str(other)), TRAIN).identity.keys() - plain.identity.keys()
+        )
+
     def test_names_of_old_attention_weights(self, vae, tmp_path):
         _, folder = vae
         old = tmp_path / "old"

@@ -6,24 +6,17 @@ import pytest
 import torch
 
 import reference
-from whence.checkpoints import list_checkpoints, load_model, load_scheduler
+from whence.checkpoints import load_model, load_scheduler
 from whence.config import TraceSettings
 from whence.event_table import grid_events
 from whence.gauss_newton import GaussNewton
 from whence.methods import Grid
-from whence.record import Record
-from whence.subject import Subject
 
 PATTERNS = ("conv_in.*", "mid_block.attentions.0.*", "conv_norm_out.*", "conv_out.*", "time_embedding.linear_1.bias")
 """Convolutions, attention, normalisations and a layer on the time embedding."""
 
 SETTINGS = TraceSettings(batch_size=3, dtype="float64", parameters=PATTERNS)
 ROWS, GRID = [2, 9], Grid(timesteps=2, draws=2)
-
-
-@pytest.fixture(scope="module")
-def subject(toy_run, toy_train):
-    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
 
 
 @pytest.fixture(scope="module")

@@ -28,11 +28,6 @@ SETTINGS = TraceSettings(timesteps=4, draws=2, train_timesteps=3, batch_size=8, 
 
 
 @pytest.fixture(scope="module")
-def subject(toy_run, toy_train):
-    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
-
-
-@pytest.fixture(scope="module")
 def exact(subject, toy_queries, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cpu")
     return trace(subject, toy_queries, METHODS, SETTINGS, folder, show_progress=False)

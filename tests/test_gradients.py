@@ -17,7 +17,8 @@ from whence.diffusion.noise import Side, normals
 from whence.diffusion.process import NoiseProcess
 from whence.errors import ConfigError, NumericsError, UnsupportedModelError
 from whence.event_table import grid_events
-from whence.gradients import Family, GradientSource, num_vectors
+from whence.gradients import GradientSource
+from whence.grid_sums import Family, num_vectors
 from whence.methods import Grid
 from whence.training import make_model, make_scheduler
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import reference
 from whence.attribution import trace
-from whence.checkpoints import list_checkpoints, load_model, load_scheduler
+from whence.checkpoints import load_model, load_scheduler
 from whence.config import TraceSettings
 from whence.diffusion.noise import normals
 from whence.engine.curvature_sinks import CovarianceSink
@@ -17,18 +17,11 @@ from whence.errors import CheckpointError, ConfigError
 from whence.event_table import grid_events
 from whence.methods import EKFAC, KFAC, RETRAC_ADAM, TRACIN_ADAM, Grid, Replay
 from whence.plan import plan
-from whence.record import Record
 from whence.second_order import adam_scales, load_or_make_curvature
-from whence.subject import Subject
 
 SETTINGS = TraceSettings(timesteps=5, draws=4, phases=2, train_timesteps=3, train_draws=1, batch_size=8, block_size=4)
 SMALL = Grid(timesteps=2)
 METHODS = [replace(m, precondition=replace(m.precondition, events=SMALL)) for m in (KFAC, EKFAC)]
-
-
-@pytest.fixture(scope="module")
-def subject(toy_run, toy_train):
-    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
 
 
 @pytest.fixture(scope="module")

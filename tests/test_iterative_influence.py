@@ -48,11 +48,6 @@ DATA_INF = replace(DATAINF, precondition=replace(DATAINF.precondition, events=SM
 
 
 @pytest.fixture(scope="module")
-def subject(toy_run, toy_train):
-    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
-
-
-@pytest.fixture(scope="module")
 def model(subject):
     """In float64, with gradients of the chosen parameters alone."""
     model = load_model(subject.checkpoints[-1], dtype="float64")

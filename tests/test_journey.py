@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 
 import reference
 from whence.attribution import trace
-from whence.checkpoints import list_checkpoints, load_model, load_scheduler
+from whence.checkpoints import load_model, load_scheduler
 from whence.config import DataSettings, IndexSettings, QuerySettings, TraceSettings
 from whence.data import concatenate, open_images, save_arrays
 from whence.diffusion.noise import noise_key, normals
@@ -19,8 +19,6 @@ from whence.methods import GRAD_COS, GRAD_DOT, JOURNEY_TRAK, MATCHED_COS, Gradie
 from whence.pipeline import Run
 from whence.plan import plan
 from whence.querying import query
-from whence.record import Record
-from whence.subject import Subject
 from whence.trajectories import Trajectories
 
 STEPS, DRAWS, SEED, DAMPING = 5, 2, 3, 0.1
@@ -36,11 +34,6 @@ GRID = IndexSettings(
     block_size=4,
 )
 GRAD_DOT_OF_PATHS = replace(GRAD_DOT, name="path-dot", query=GradientPlan(Trajectory(DRAWS)))
-
-
-@pytest.fixture(scope="module")
-def subject(toy_run, toy_train):
-    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
 
 
 @pytest.fixture(scope="module")

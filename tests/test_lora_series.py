@@ -22,7 +22,7 @@ from lora_models import (
     save_peft,
 )
 from own_trainers import save_lora
-from whence import checkpoints as checkpoints_module
+from whence import _networks
 from whence.checkpoints import check_same_architecture, list_checkpoints, load_model, load_scheduler
 from whence.config import GradientSettings, RetrainingSettings
 from whence.data import ImageData
@@ -99,8 +99,8 @@ class TestSeries:
             list_checkpoints(make_series("sd", tmp_path), base=tmp_path / "base"), latent_images("sd"), None, "mse"
         )
         reads = []
-        read = checkpoints_module.read_weights
-        monkeypatch.setattr(checkpoints_module, "read_weights", lambda *args: reads.append(args) or read(*args))
+        read = _networks.read_weights
+        monkeypatch.setattr(_networks, "read_weights", lambda *args: reads.append(args) or read(*args))
         first, second = (subject.source(c, GradientSettings()).model for c in subject.checkpoints)
         assert len(reads) == 1
         shared, own = dict(first.named_parameters()), dict(second.named_parameters())

@@ -12,7 +12,7 @@ import reference
 import whence.streaming
 from conftest import toy_images
 from whence.attribution import trace
-from whence.checkpoints import list_checkpoints, load_model, load_scheduler
+from whence.checkpoints import load_model, load_scheduler
 from whence.config import IndexSettings, QuerySettings, TraceSettings
 from whence.data import ImageData
 from whence.diffusion.noise import normals
@@ -34,8 +34,6 @@ from whence.methods import (
 from whence.plan import plan
 from whence.progress import progress_bar
 from whence.querying import query
-from whence.record import Record
-from whence.subject import Subject
 
 TIMESTEPS, DRAWS, PHASES = 5, 2, 2
 SETTINGS = TraceSettings(
@@ -52,11 +50,6 @@ QUERY = QuerySettings(timesteps=TIMESTEPS, draws=DRAWS, phases=PHASES, batch_siz
 INDEX = IndexSettings(projection="identity", rows="float32", batch_size=8, block_size=4)
 GRID = replace(INDEX, grid=True, train_timesteps=TIMESTEPS, train_draws=1, checkpoints="last")
 RETRAC_MATCHED_ALL = replace(RETRAC_MATCHED, train=replace(RETRAC_MATCHED.train, events=Replay("all")))
-
-
-@pytest.fixture(scope="module")
-def subject(toy_run, toy_train):
-    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
 
 
 @pytest.fixture(scope="module")

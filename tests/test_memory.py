@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from whence.attribution import trace
-from whence.checkpoints import list_checkpoints
 from whence.config import TraceSettings
 from whence.errors import ConfigError
 from whence.event_table import grid_events
@@ -29,11 +28,9 @@ from whence.memory import (
     peak_bytes,
 )
 from whence.methods import GRAD_COS, RETRAC, TRACIN, Grid, KroneckerInverse
-from whence.record import Record
 from whence.second_order import load_or_make_curvature
 from whence.self_influence import self_influence
 from whence.streaming import StreamingPass
-from whence.subject import Subject
 from whence.workload import Demand
 
 SETTINGS = TraceSettings(timesteps=5, draws=4, phases=2, batch_size=8, block_size=4)
@@ -42,11 +39,6 @@ ROUND = Footprint(weights=1000, gradient=100, one_by_one=Line(50.0, 10.0), summe
 """Numbers that can be added up by hand."""
 
 REPLAYED = Demand(6, 5, Grid(10, draws=4), query_parts=2, train_grid=None, train_families=0)
-
-
-@pytest.fixture(scope="module")
-def subject(toy_run, toy_train):
-    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import pytest
 
 import whence.streaming
 from whence.attribution import trace
-from whence.checkpoints import list_checkpoints
 from whence.config import TraceSettings
 from whence.errors import ConfigError
 from whence.gradients import GradientSource
@@ -15,16 +14,10 @@ from whence.memory import measure_footprint
 from whence.methods import EKFAC, GRAD_COS, PIXELS, RETRAC, TRACIN
 from whence.plan import plan
 from whence.progress import progress_bar
-from whence.record import Record
 from whence.subject import Subject
 
 SETTINGS = TraceSettings(timesteps=5, draws=4, phases=2, batch_size=8, block_size=4)
 METHODS = [TRACIN, RETRAC, GRAD_COS, PIXELS]
-
-
-@pytest.fixture(scope="module")
-def subject(toy_run, toy_train):
-    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import pytest
 
 import whence.indexing
 import whence.query_vectors
-from whence.checkpoints import list_checkpoints
 from whence.config import IndexSettings, QuerySettings
 from whence.errors import ConfigError, StoreError
 from whence.gradients import GradientSource
@@ -16,16 +15,10 @@ from whence.methods import D_TRAK, DATAINF, EKFAC, GRAD_COS, INFLUENCE_CG, PIXEL
 from whence.plan_index import plan_index
 from whence.progress import progress_bar
 from whence.querying import query
-from whence.record import Record
 from whence.subject import Subject
 
 SETTINGS = IndexSettings(batch_size=8, block_size=4, width=64)
 ASKED = QuerySettings(timesteps=5, draws=4, batch_size=8)
-
-
-@pytest.fixture(scope="module")
-def subject(toy_run, toy_train):
-    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import torch
 
 from conftest import TOY_MODEL, toy_images
 from whence.attribution import check_trace_settings, trace
-from whence.checkpoints import list_checkpoints
 from whence.config import TraceSettings
 from whence.diffusion.process import NoiseProcess
 from whence.errors import ConfigError, NumericsError, UnsupportedModelError
@@ -16,16 +15,9 @@ from whence.event_table import grid_events
 from whence.gradients import GradientSource
 from whence.methods import RETRAC, TRACIN, Grid
 from whence.precision import output_scale, tensor_float_32
-from whence.record import Record
-from whence.subject import Subject
 from whence.training import make_model, make_scheduler
 
 SETTINGS = TraceSettings(timesteps=5, draws=4, phases=2, batch_size=8, block_size=4)
-
-
-@pytest.fixture(scope="module")
-def subject(toy_run, toy_train):
-    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from scipy.stats import rankdata
 
 import reference
 from whence.attribution import trace
-from whence.checkpoints import list_checkpoints, load_model, load_scheduler
+from whence.checkpoints import load_model, load_scheduler
 from whence.config import IndexSettings, QuerySettings, TraceSettings
 from whence.curvature.ridge import Ridge
 from whence.errors import ConfigError, StoreError
@@ -27,8 +27,6 @@ from whence.methods import (
 )
 from whence.plan import plan
 from whence.querying import query
-from whence.record import Record
-from whence.subject import Subject
 
 GRID = IndexSettings(
     grid=True,
@@ -42,11 +40,6 @@ GRID = IndexSettings(
 QUERY = QuerySettings(timesteps=5, draws=4, phases=2, batch_size=8)
 DAMPING = 0.1
 OF_THE_LOSS = [TRAK, RELATIF, RELATIF_L, RENORMALISED]
-
-
-@pytest.fixture(scope="module")
-def subject(toy_run, toy_train):
-    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
 
 
 @pytest.fixture(scope="module")

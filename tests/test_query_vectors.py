@@ -8,10 +8,7 @@ import pytest
 import torch
 
 import whence.query_vectors
-from conftest import toy_images
-from whence.attribution import trace
-from whence.checkpoints import list_checkpoints
-from whence.config import IndexSettings, QuerySettings, TraceSettings
+from conftest import EXACT, QUERY, ask, stream, toy_images
 from whence.curvature.iterative import conjugate_gradient
 from whence.indexing import index
 from whence.inverse_curvature import DataInf
@@ -30,15 +27,11 @@ from whence.methods import (
 )
 from whence.methods.frame import AdamInverse
 from whence.query_vectors import make_query_side
-from whence.querying import query
-from whence.record import Record
 from whence.store_spec import trace_settings
 from whence.subject import Subject
 from whence.workload import Workload
 
-QUERY = QuerySettings(timesteps=5, draws=4, phases=2, batch_size=8)
-REPLAY = IndexSettings(projection="identity", rows="float32", batch_size=8, block_size=4)
-GRID = replace(REPLAY, grid=True, checkpoints="last", train_timesteps=3, train_draws=2)
+GRID = replace(EXACT, grid=True, checkpoints="last", train_timesteps=3, train_draws=2)
 SKETCH = replace(GRID, projection="two_sided_sketch", side=128)  # sides that shrink nothing: all error is of the width
 
 
@@ -54,27 +47,8 @@ RANK_ONE = small(DATAINF)
 
 
 @pytest.fixture(scope="module")
-def subject(toy_run, toy_train):
-    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
-
-
-@pytest.fixture(scope="module")
-def replay_store(subject, tmp_path_factory):
-    return index(subject, REPLAY, tmp_path_factory.mktemp("run"), show_progress=False)
-
-
-@pytest.fixture(scope="module")
 def grid_store(subject, tmp_path_factory):
     return index(subject, GRID, tmp_path_factory.mktemp("run"), show_progress=False)
-
-
-def stream(subject, queries, methods, folder, **changes):
-    settings = replace(TraceSettings(**vars(QUERY), block_size=4), **changes)
-    return trace(subject, queries, methods, settings, folder, show_progress=False)
-
-
-def ask(subject, store, queries, methods, folder, **options):
-    return query(subject, store, queries, methods, QUERY, folder, show_progress=False, **options)
 
 
 def check_equal(found, want, tol=1e-5):
@@ -108,8 +82,8 @@ class TestEqualToStreaming:
     def test_a_cut_off_series(self, subject, grid_store, toy_queries, tmp_path):
         self.check(subject, grid_store, toy_queries, [SERIES], tmp_path, train_timesteps=3, train_draws=2)
 
-    def test_adam_at_all_checkpoints(self, subject, replay_store, toy_queries, tmp_path):
-        self.check(subject, replay_store, toy_queries, [TRACIN_ADAM, RETRAC_ADAM], tmp_path)
+    def test_adam_at_all_checkpoints(self, subject, store, toy_queries, tmp_path):
+        self.check(subject, store, toy_queries, [TRACIN_ADAM, RETRAC_ADAM], tmp_path)
 
     def test_unit_sums_are_of_lengths_before_the_preconditioner(self, subject, grid_store, toy_queries, tmp_path):
         assert GRAD_COS.query.unit == "sample"
@@ -122,9 +96,9 @@ class TestEqualToStreaming:
         method = replace(MATCHED_COS, precondition=precondition)
         self.check(subject, held, toy_queries, [method], tmp_path, train_timesteps=5, train_draws=2)
 
-    def test_replayed_timestep_by_timestep(self, subject, replay_store, toy_queries, tmp_path):
+    def test_replayed_timestep_by_timestep(self, subject, store, toy_queries, tmp_path):
         method = replace(RETRAC_MATCHED, precondition=AdamInverse())
-        self.check(subject, replay_store, toy_queries, [method], tmp_path)
+        self.check(subject, store, toy_queries, [method], tmp_path)
 
 
 class TestProjection:
@@ -172,13 +146,13 @@ class TestProjection:
 
 
 class TestCache:
-    def test_asking_again_costs_nothing(self, subject, replay_store, toy_queries, tmp_path, monkeypatch):
-        first = ask(subject, replay_store, toy_queries, [TRACIN_ADAM], tmp_path)["tracin-adam"]
+    def test_asking_again_costs_nothing(self, subject, store, toy_queries, tmp_path, monkeypatch):
+        first = ask(subject, store, toy_queries, [TRACIN_ADAM], tmp_path)["tracin-adam"]
         shutil.rmtree(tmp_path / "scores")
         monkeypatch.setattr(Subject, "source", lambda *a: pytest.fail("a model was loaded"))
-        again = ask(subject, replay_store, toy_queries, [TRACIN_ADAM], tmp_path)["tracin-adam"]
+        again = ask(subject, store, toy_queries, [TRACIN_ADAM], tmp_path)["tracin-adam"]
         np.testing.assert_array_equal(again.values, first.values)
-        top = ask(subject, replay_store, toy_queries, [TRACIN_ADAM], tmp_path, top=3)["tracin-adam"]
+        top = ask(subject, store, toy_queries, [TRACIN_ADAM], tmp_path, top=3)["tracin-adam"]
         for row in range(3):
             assert [e.train_id for e in top.top(row)] == [e.train_id for e in first.top(row, 3)]
             np.testing.assert_allclose([e.score for e in top.top(row)], np.sort(first.values[row])[:-4:-1], rtol=1e-4)

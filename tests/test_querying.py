@@ -12,50 +12,25 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import toy_images
-from whence.attribution import trace
-from whence.checkpoints import list_checkpoints
-from whence.config import IndexSettings, QuerySettings, TraceSettings
+from conftest import EXACT, ask, stream, toy_images
+from whence.config import IndexSettings
 from whence.encoded import Conditions, Encoded
 from whence.errors import ConfigError, NumericsError, ScoresError, StoreError
 from whence.gradients import GradientSource
 from whence.indexing import content_hashes, index, notes_on_store
 from whence.methods import GRAD_COS, GRAD_DOT, PIXELS, RETRAC, TRACIN
 from whence.methods.frame import Replay
-from whence.querying import query
-from whence.record import Record
 from whence.scores import TopScores
 from whence.store import Store, merge_stores
 from whence.subject import Subject
 
 TRAIN_SIDE = {"batch_size": 8, "block_size": 4}
-QUERY = QuerySettings(timesteps=5, draws=4, phases=2, batch_size=8)
-EXACT = IndexSettings(projection="identity", rows="float32", **TRAIN_SIDE)
 GRID = replace(EXACT, grid=True, train_timesteps=3, train_draws=2)
-
-
-@pytest.fixture(scope="module")
-def subject(toy_run, toy_train):
-    return Subject(list_checkpoints(toy_run), toy_train, Record.open(toy_run / "record"), "mse")
-
-
-@pytest.fixture(scope="module")
-def store(subject, tmp_path_factory):
-    return index(subject, EXACT, tmp_path_factory.mktemp("run"), show_progress=False)
 
 
 @pytest.fixture(scope="module")
 def grid_store(subject, tmp_path_factory):
     return index(subject, GRID, tmp_path_factory.mktemp("run"), show_progress=False)
-
-
-def stream(subject, queries, methods, folder, **changes):
-    settings = replace(TraceSettings(**vars(QUERY), block_size=4), **changes)
-    return trace(subject, queries, methods, settings, folder, show_progress=False)
-
-
-def ask(subject, store, queries, methods, folder, **options):
-    return query(subject, store, queries, methods, QUERY, folder, show_progress=False, **options)
 
 
 def check_equal(found, want, tol=1e-5):
@@ -417,7 +392,7 @@ def start_indexing(run, folder):
     code = (
         "import sys; sys.path.insert(0, sys.argv[3])\n"
         "from pathlib import Path\n"
-        "from test_querying import EXACT, Record, Subject, index, list_checkpoints, toy_images\n"
+        "from conftest import EXACT, Record, Subject, index, list_checkpoints, toy_images\n"
         "run = Path(sys.argv[1])\n"
         "subject = Subject(list_checkpoints(run), toy_images(10), Record.open(run / 'record'), 'mse')\n"
         "index(subject, EXACT, Path(sys.argv[2]), show_progress=False)\n"

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from whence.config import CleaningSettings as CleaningSettings
     from whence.config import CounterfactualSettings as CounterfactualSettings
     from whence.config import DataSettings as DataSettings
+    from whence.config import EvaluationSettings as EvaluationSettings
     from whence.config import IndexSettings as IndexSettings
     from whence.config import ModelSettings as ModelSettings
     from whence.config import QuerySettings as QuerySettings
     from whence.config import RetrainingSettings as RetrainingSettings
+    from whence.config import SamplingSettings as SamplingSettings
     from whence.config import TraceSettings as TraceSettings
     from whence.config import TrainingSettings as TrainingSettings
     from whence.data import ImageData as ImageData
@@ -37,10 +39,12 @@ _HOME = {
     "CleaningSettings": "whence.config",
     "CounterfactualSettings": "whence.config",
     "DataSettings": "whence.config",
+    "EvaluationSettings": "whence.config",
     "IndexSettings": "whence.config",
     "ModelSettings": "whence.config",
     "QuerySettings": "whence.config",
     "RetrainingSettings": "whence.config",
+    "SamplingSettings": "whence.config",
     "TraceSettings": "whence.config",
     "TrainingSettings": "whence.config",
     "ImageData": "whence.data",

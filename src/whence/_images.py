@@ -11,10 +11,12 @@ reason only, until ``read_pictures`` collects the reasons by id.
 
 import hashlib
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from whence.config import DataSettings
-from whence.errors import DataError
+from whence.errors import ConfigError, DataError
 
 ValueRange = tuple[int | float, int | float]  # int by name, for type checks at run time
 
@@ -38,6 +40,13 @@ PROGRESS_FROM = 2000  # images; fewer are read in seconds
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _PILLOW_LIMIT = threading.RLock()
+
+_SETTING_TYPES = (
+    ("resolution", Integral | None, "a whole number of pixels or None"),
+    ("center_crop", bool, "True or False"),
+    ("grey", bool, "True or False"),
+    ("max_megapixels", Real, "a number"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +173,21 @@ def _reasons() -> Iterator[None]:
         raise
     except Exception as error:
         raise DataError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
+def check_settings(settings: DataSettings) -> None:
+    """Refuse settings by which no picture can be decoded; warn where one has no effect."""
+    faults = [
+        f"{name} must be {what}; got {value!r}"
+        for name, kind, what in _SETTING_TYPES
+        if not isinstance(value := getattr(settings, name), kind) or (isinstance(value, bool) and kind is not bool)
+    ]
+    if faults:
+        raise ConfigError("; ".join(faults) + ".")
+    if settings.resolution is not None and settings.resolution < 1:
+        raise ConfigError(f"resolution must be at least 1 pixel; got {settings.resolution}.")
+    if settings.center_crop and settings.resolution is None:
+        warnings.warn("center_crop has no effect without a resolution.", stacklevel=3)
 
 
 def decode(

@@ -1,30 +1,19 @@
 """What is in the folder of a run, and what is at hand before any stage works: images, record, checkpoints, scores."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
-from numpy import ndarray
-from torch import Tensor
 
-from whence._files import sha256_of_json, write_json
-from whence.arguments import BUNDLED, Images, Queries, parts, prompts_of, sources
-from whence.checkpoints import Checkpoint, list_checkpoints, load_model, load_scheduler
-from whence.config import (
-    ConditioningSettings,
-    DataSettings,
-    LossName,
-    ObjectiveSettings,
-    QuerySettings,
-    TraceSettings,
-)
-from whence.data import ImageData, concatenate, open_images, save_arrays
+from whence._run_scores import load_latest, shown_as_one
+from whence.arguments import BUNDLED, Images, Queries, parts, prompts_of
+from whence.checkpoints import Checkpoint, list_checkpoints
+from whence.config import ConditioningSettings, DataSettings, LossName, ObjectiveSettings
+from whence.data import ImageData, concatenate, open_images
 from whence.encoding import Encoding, find_encoding
 from whence.errors import ConfigError, DataError, RecordError, ScoresError
 from whence.event_table import EventBatch, EventTable, grid_events, make_batch
@@ -32,11 +21,8 @@ from whence.methods import GradientPlan, Grid, Trajectory
 from whence.record import Record, read_manifest
 from whence.regions import with_masks
 from whence.replay_check import CheckRow, check_run
-from whence.sampling import sample_images
-from whence.scores import Scores, TopScores
+from whence.scores import Scores
 from whence.subject import Subject
-from whence.trajectories import Trajectories
-from whence.words import WITHHELD
 
 
 @dataclass(frozen=True)
@@ -114,7 +100,8 @@ class RunFolder:
         settings = replace(self.data_settings, **columns)
         opened = concatenate([p if isinstance(p, ImageData) else open_images(p, settings) for p in given])
         if isinstance(queries, Queries):
-            opened = _with_prompts(opened, prompts_of(queries), as_labels=self._reads == "labels")
+            told = None if self.encoding is None else self.encoding.reads
+            opened = _with_prompts(opened, prompts_of(queries), as_labels=told == "labels")
             opened = opened if queries.mask is None else with_masks(opened, queries.mask, settings)
         made_by = None if opened.encoding is None else opened.encoding.encoder
         is_ours = self.encoding is not None and made_by == self.encoding.encoder.hash
@@ -140,146 +127,19 @@ class RunFolder:
         Raises:
             ScoresError: If nothing was traced, or the queries are not where they were.
         """
-        path = self.folder / "scores" / "latest.json"
-        if not path.exists():
-            raise ScoresError(f"{self.folder} has no scores yet. Make some with `whence trace`.")
-        try:
-            latest = json.loads(path.read_text())
-            folders, sources, settings = latest["folders"], latest["queries"], latest["settings"]
-            told = latest.get("told")
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ScoresError(f"{path} is damaged ({error!r}). Trace again; what is computed is used.") from error
-        scores = [Scores.load(self.folder / "scores" / name) for name in folders]
+        latest = load_latest(self.folder)
         if queries is not None:
-            return scores, queries, settings
-        if None in sources:
-            raise ScoresError("The queries were given as opened images, not as files; pass them as queries=....")
+            return latest.scores, queries, latest.settings
+        given = latest.queries
         try:
-            opened = self.open_queries(Queries(sources, **told) if told else sources)
-            return *_as_one(scores, opened), settings
+            return *shown_as_one(latest.scores, self.open_queries(given)), latest.settings
         except DataError as error:
             raise ScoresError(f"The queries of the last trace cannot be opened again: {error}") from error
-
-    def _note_latest(
-        self, scores: Sequence[Scores | TopScores], queries: Images, settings: TraceSettings | QuerySettings
-    ) -> None:
-        """Remember what :meth:`report` shows."""
-        self.keep_settings()
-        write_json(
-            self.folder / "scores" / "latest.json",
-            {
-                "folders": [s.folder.name for s in scores if s.folder],
-                "queries": sources(queries),
-                "told": queries.told() if isinstance(queries, Queries) else None,
-                "settings": asdict(settings),
-            },
-        )
-
-    def _show_pooled(self, scores: Scores, folder: Path) -> None:
-        """Let :meth:`report` show pooled scores in the place of those that they were made of."""
-        path = self.folder / "scores" / "latest.json"
-        latest = json.loads(path.read_text()) if path.exists() else {"folders": []}
-        if scores.folder is not None and scores.folder.name in latest["folders"]:
-            shown = [folder.name if name == scores.folder.name else name for name in latest["folders"]]
-            write_json(path, latest | {"folders": shown})
 
     def settings(self) -> dict[str, Any]:
         """Give the content of ``config.yaml``, and the training settings of the record."""
         config = yaml.safe_load((self.folder / "config.yaml").read_text())
         return config | ({"training": self.record.manifest["config"]} if self.record else {})
-
-    def sample(
-        self,
-        count: int,
-        *,
-        prompts: Sequence[str] = (),
-        guidance_scale: float = 1.0,
-        steps: int = 50,
-        seed: int = 0,
-        trajectory: bool = False,
-        show_progress: bool = True,
-    ) -> Path:
-        """Sample images from the last checkpoint into ``generated/``; what is there already is not sampled again.
-
-        Args:
-            count: How many; of each prompt, where there are some.
-            prompts: Captions or labels, of a model that is told these; the empty one stands for none.
-            guidance_scale: Scale of classifier-free guidance; 1 is the model's own prediction.
-            steps: Denoising steps: of DDIM, or Euler's of flow matching.
-            seed: Seed of the noise; the k-th image depends on it and k alone.
-            trajectory: Also keep what the sampler took each image to be at each step, as journey-trak needs it.
-            show_progress: Show a progress bar.
-
-        Returns:
-            A file that opens as images, with all its decimals and with the prompts as captions (and labels).
-
-        Raises:
-            ConfigError: If ``count`` or ``steps`` is not above 0, or prompts are missing or are not for this model.
-            DataError: If a prompt has too many words, or is no label of the model.
-        """
-        if count < 1 or steps < 1:
-            raise ConfigError(f"count and steps must be above 0; found {count} and {steps}.")
-        last = self.subject.checkpoints[-1]
-        self._check_prompts(prompts)
-        sampler = "euler" if self.subject.process.prediction_type == "flow" else "ddim"
-        name = f"{sampler}{steps}-{count}-seed{seed}-step{last.step}-{last.content_hash()[:8]}"
-        if self.encoding is not None:
-            name += f"-{sha256_of_json([prompts, guidance_scale, self.encoding.encoder.hash])[:8]}"
-        path = self.folder / "generated" / f"{name}{'-trajectory' if trajectory else ''}.safetensors"
-        if not path.exists():
-            texts = [prompt for prompt in prompts or [""] for _ in range(count)]
-            ids = [f"generated-{k}" for k in range(len(texts))]
-            frames: dict[int, ndarray] = {}
-            latent = self.encoding is not None and self.encoding.encoder.has_vae
-            drawn = sample_images(
-                load_model(last, allow_pickle=self.allow_pickle),
-                load_scheduler(last),
-                ids,
-                steps=steps,
-                seed=seed,
-                show_progress=show_progress,
-                conditions=self._told(texts),
-                withheld=self._told([WITHHELD] * len(texts)) if guidance_scale != 1 else None,
-                guidance_scale=guidance_scale,
-                latent_shape=self.train_images.input_shape if latent else None,
-                keep=frames.__setitem__ if trajectory else None,
-            )
-            about = {"checkpoint_step": last.step, "checkpoint_sha256": last.content_hash()}
-            about |= {"sampler": sampler, "eta": 0.0, "steps": steps, "seed": seed}
-            each = [about] * len(texts)
-            if self._reads is not None:
-                each = [about | {"guidance_scale": guidance_scale, "prompt": text} for text in texts]
-            timesteps = tuple(sorted(frames))
-            kept = [frames[t] for t in timesteps]
-            path_taken = Trajectories(np.stack(kept, axis=1), timesteps, tuple(each), latent) if trajectory else None
-            images = self.encoding.encoder.images_of(drawn) if latent and self.encoding is not None else drawn
-            labels = texts if self._reads == "labels" else ["generated"] * len(texts)
-            captions = texts if self._reads is not None else None
-            self.keep_settings()
-            save_arrays(path, images, ids, labels, path_taken, captions)
-        return path
-
-    @property
-    def _reads(self) -> str | None:
-        """What the network is told of images: captions, labels, or nothing."""
-        return None if self.encoding is None else self.encoding.reads
-
-    def _check_prompts(self, prompts: Sequence[str]) -> None:
-        if prompts and self._reads is None:
-            raise ConfigError(
-                "The model is told nothing but the noisy image, so it cannot be given a prompt. Train one with "
-                "--condition words or label."
-            )
-        if not prompts and self._reads is not None:
-            raise ConfigError(f"The model is told {self._reads}; give at least one with --prompt ('' for none).")
-
-    def _told(self, texts: Sequence[str]) -> dict[str, Tensor] | None:
-        if self.encoding is None or self._reads is None:
-            return None
-        distinct = {text: k for k, text in enumerate(dict.fromkeys(texts))}
-        made = self.encoding.encoder.conditions(list(distinct), (self.train_images.height, self.train_images.width))
-        which = [distinct[text] for text in texts]
-        return {name: torch.from_numpy(values[which]) for name, values in made.items()}
 
     def check(self, *, device: str = "cpu") -> list[CheckRow]:
         """Compare the record with itself and with the checkpoints; see :mod:`whence.replay_check`.
@@ -335,25 +195,3 @@ def _with_prompts(images: ImageData, prompts: Sequence[str], *, as_labels: bool)
         )
     texts = tuple(prompts) * (len(images) if len(prompts) == 1 else 1)
     return replace(images, captions=texts, labels=texts if as_labels else images.labels, encoding=None)
-
-
-def _as_one(scores: list[Scores], queries: ImageData) -> tuple[list[Scores], ImageData]:
-    """Let the first of queries that were taken together stand for all of them.
-
-    Raises:
-        ScoresError: If the queries are not those that were scored.
-    """
-    names = {one.query_ids for one in scores if "pooled" in one.details}
-    if not names:
-        return scores, queries
-    for one in scores:
-        asked = one.details.get("queries", {})
-        if asked.get("fingerprint") not in (None, queries.fingerprint):
-            raise ScoresError(
-                f"The query images in {queries.source} changed since the {one.method} scores were made. Restore "
-                "them, or trace again."
-            )
-    caption = f"{len(queries)} queries taken together; the first is shown"
-    first = replace(queries.select([0]), ids=names.pop(), captions=(caption,))
-    shown = {"fingerprint": first.fingerprint}
-    return [replace(one, details=one.details | {"queries": one.details["queries"] | shown}) for one in scores], first

@@ -1,27 +1,34 @@
 """What a source holds, as it lies there: its pictures not yet decoded, their ids, labels and captions not yet checked.
 
-A source is a file or folder (``find_images``) or a map-style data set in memory (``Items``). This module chooses the
-format, the split and the columns. ``_images`` decodes the pictures; ``data`` makes both into an ImageData, and reads
-files of float images by itself.
+A source is here a file or folder; this module chooses the format, the split and the columns. ``_images`` decodes the
+pictures, and ``data`` makes an ImageData of them.
 """
 
 import json
 import os
 import re
-import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from whence._columns import (
+    NAMES,
+    Kind,
+    abbreviate,
+    as_text,
+    choose_column,
+    row_ids,
+    warn_of_columns,
+    warn_of_unusable,
+)
 from whence.config import DataSettings
 from whence.errors import DataError
 
@@ -34,19 +41,6 @@ _DEMO_FILES = {
     "demo-styles-queries": "styles-queries.parquet",
 }
 _METADATA = "metadata.jsonl"
-_Kind = Literal["image", "id", "label", "caption"]
-_NAMES: dict[_Kind, tuple[str, ...]] = {
-    "image": ("image", "images", "img", "pixel_values", "input"),
-    "id": ("id", "sample_id", "image_id"),
-    "label": ("label", "class"),
-    "caption": ("text", "caption", "prompt"),
-}
-_HELD: dict[_Kind, str] = {
-    "image": "encoded images",
-    "id": "text or whole numbers",
-    "label": "text or whole numbers",
-    "caption": "text",
-}
 _ACCEPTED = (
     f"Accepted are: a folder of images or one image ({' '.join(IMAGE_SUFFIXES)}); a .parquet file or a folder of them; "
     "a folder written by save_to_disk of Hugging Face datasets; a .safetensors file written by whence; or the words "
@@ -124,12 +118,12 @@ def _open_image_folder(
     captions = None
     if metadata:
         lines = _read_metadata(metadata, images, source, alone=alone)
-        columns = dict.fromkeys((key for line in lines for key in line), _NAMES)
-        if settings.id_column and (name := _choose_column("id", settings, columns, source)):
+        columns = dict.fromkeys((key for line in lines for key in line), NAMES)
+        if settings.id_column and (name := choose_column("id", settings, columns, source)):
             ids = [line.get(name) for line in lines]
-        if name := _choose_column("label", settings, columns, source):
+        if name := choose_column("label", settings, columns, source):
             labels = [as_text(line.get(name)) for line in lines]
-        if name := _choose_column("caption", settings, columns, source):
+        if name := choose_column("caption", settings, columns, source):
             captions = [line.get(name) for line in lines]
     else:
         warn_of_columns(settings, source)
@@ -242,10 +236,10 @@ def _open_table(
 ) -> Found:
     """Open a table whose columns have ``len``, an Arrow value by ``[row]``, and ``to_pylist``."""
     kinds = {field.name: _kinds_of(field.type) for field in schema}
-    names: dict[_Kind, str | None] = {kind: _choose_column(kind, settings, kinds, source) for kind in _NAMES}
-    _warn_of_unusable(names, kinds, settings, source)
+    names: dict[Kind, str | None] = {kind: choose_column(kind, settings, kinds, source) for kind in NAMES}
+    warn_of_unusable(names, kinds, settings, source)
     encoded = _Encoded(column(names["image"] or _only_image_column(schema, source)), folder)
-    ids = column(names["id"]).to_pylist() if names["id"] else _row_ids(len(encoded))
+    ids = column(names["id"]).to_pylist() if names["id"] else row_ids(len(encoded))
     labels = captions = None
     if names["label"]:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
@@ -312,7 +306,7 @@ class _Encoded:
         return self.folder / value["path"]
 
 
-def _kinds_of(column: pa.DataType) -> set[_Kind]:
+def _kinds_of(column: pa.DataType) -> set[Kind]:
     """Tell what a column of this type can hold."""
     value = column.value_type if pa.types.is_dictionary(column) else column
     if _is_image_struct(value) or pa.types.is_binary(value) or pa.types.is_large_binary(value):
@@ -337,137 +331,3 @@ def _only_image_column(schema: pa.Schema, source: str) -> str:
             f"{len(found)} among its columns {columns}. Name one as image_column, or encode the images."
         )
     return found[0]
-
-
-# ---- data sets in memory
-
-
-class Items:
-    """The pictures of a map-style data set; notes what else an item says when it is read."""
-
-    def __init__(self, dataset: Any, num_items: int, settings: DataSettings, source: str) -> None:
-        self._dataset = dataset
-        self.ids: list[str] = _row_ids(num_items)
-        self.labels, self.captions = [""] * num_items, [""] * num_items
-        self._keys: dict[str, str] = {}
-        try:
-            first = dataset[0] if num_items else None
-        except Exception as error:
-            raise DataError(f"Item 0 of {source} cannot be read: {type(error).__name__}: {error}.") from error
-        if isinstance(first, Mapping):
-            columns = dict.fromkeys(first, _NAMES)
-            self._keys = {kind: key for kind in _NAMES if (key := _choose_column(kind, settings, columns, source))}
-            if "image" not in self._keys:
-                raise DataError(
-                    f"Items of {source} must have an image under one of the keys {', '.join(_NAMES['image'])}; found "
-                    f"{', '.join(map(str, first))}. Name the key as image_column."
-                )
-        else:
-            warn_of_columns(settings, source)
-        self._classes = _class_names(dataset, self._keys.get("label"))
-
-    def __getitem__(self, k: int) -> Any:
-        item = self._dataset[k]
-        if isinstance(item, Mapping):
-            values = {kind: _scalar(item[key]) for kind, key in self._keys.items()}
-            if "id" in values:
-                self.ids[k] = checked_ids([values["id"]], "its item")[0]
-            self.captions[k] = as_text(values.get("caption"))
-        elif isinstance(item, tuple | list):
-            values = dict(zip(("image", "label"), map(_scalar, item), strict=False))
-            if not isinstance(values.get("label"), str | int):
-                values["label"] = None
-        else:
-            values = {"image": item}
-        self.labels[k] = as_text(values.get("label"), self._classes)
-        return values.get("image")
-
-
-def _scalar(value: Any) -> Any:
-    """Unwrap a number from an array or tensor without axes."""
-    return value.item() if getattr(value, "shape", None) == () else value
-
-
-def _class_names(dataset: Any, label_key: str | None) -> Sequence[str] | None:
-    """Find the names of integer labels where Hugging Face datasets and torchvision keep them."""
-    if label_key is None:
-        return getattr(dataset, "classes", None)
-    features = getattr(dataset, "features", None)
-    return getattr(features.get(label_key), "names", None) if isinstance(features, Mapping) else None
-
-
-# ---- ids and columns
-
-
-def checked_ids(
-    ids: Iterable[Any], source: str, if_repeated: str = "Rename them, or name another id_column."
-) -> tuple[str, ...]:
-    """Turn whole numbers into text; refuse ids that could not stand in a list or file, or are not unique."""
-    texts = [str(id_) if isinstance(id_, int | np.integer) and not isinstance(id_, bool) else id_ for id_ in ids]
-    bad = [id_ for id_ in texts if not isinstance(id_, str) or not id_.isprintable() or not id_]
-    if bad:
-        raise DataError(
-            f"Ids must be whole numbers or non-empty printable text on one line; {source} has {len(bad)} others: "
-            f"{abbreviate(list(map(repr, bad)))}. Rename them, or name another id_column."
-        )
-    repeated = [id_ for id_, count in Counter(texts).items() if count > 1]
-    if repeated:
-        raise DataError(
-            f"Ids must be unique; {len(repeated)} are repeated in {source}: {abbreviate(repeated)}. {if_repeated}"
-        )
-    return tuple(map(str, texts))
-
-
-def warn_of_columns(settings: DataSettings, source: str) -> None:
-    """Warn where the settings name columns and the source has none."""
-    named = [f"{kind}_column" for kind in _NAMES if getattr(settings, f"{kind}_column") is not None]
-    if named:
-        warnings.warn(f"{source} has no columns, so these settings have no effect: {', '.join(named)}.", stacklevel=4)
-
-
-def _choose_column(
-    kind: _Kind, settings: DataSettings, columns: Mapping[str, Collection[_Kind]], source: str
-) -> str | None:
-    """Choose the column that the settings name, or else one with a usual name, among those that can hold the kind."""
-    usable = [name for name, kinds in columns.items() if kind in kinds]
-    named = getattr(settings, f"{kind}_column")
-    if named is None:
-        return next((name for name in _NAMES[kind] if name in usable), None)
-    if named not in usable:
-        found = "no such column" if named not in columns else "a column of another type"
-        raise DataError(
-            f"{kind}_column={named} must name a column of {_HELD[kind]}; {source} has {found}. Columns that can be "
-            f"used: {', '.join(map(str, usable))}."
-        )
-    return named
-
-
-def _warn_of_unusable(
-    names: Mapping[_Kind, str | None], columns: Collection[str], settings: DataSettings, source: str
-) -> None:
-    """Warn where a column has a usual name and a type that cannot be used; images are found by type anyway."""
-    for kind in ("id", "label", "caption"):
-        first = next((name for name in _NAMES[kind] if name in columns), None)
-        if getattr(settings, f"{kind}_column") is None and first != names[kind]:
-            instead = f"column {names[kind]}" if names[kind] else "row numbers" if kind == "id" else "nothing"
-            warnings.warn(
-                f"Column {first} of {source} is not used as {kind}, because it does not hold {_HELD[kind]}. Used "
-                f"instead: {instead}. Convert it, or name another {kind}_column.",
-                stacklevel=6,
-            )
-
-
-def _row_ids(num_rows: int) -> list[str]:
-    return [f"row-{row:07}" for row in range(num_rows)]
-
-
-def as_text(value: Any, classes: Sequence[str] | None = None) -> str:
-    """Write a label or caption as text; -1 is what Hugging Face datasets give images without a class."""
-    if value is None or (classes is not None and value == -1):
-        return ""
-    return classes[value] if classes is not None and isinstance(value, int) else str(value)
-
-
-def abbreviate(ids: Sequence[Any], count: int = 5) -> str:
-    """List the first few in a message."""
-    return ", ".join(map(str, ids[:count])) + (", …" if len(ids) > count else "")

@@ -1,6 +1,6 @@
 """From inner products with query vectors to scores: what the streaming and the stored way to a score share.
 
-Each query has a run of vectors, family by family, in the order that ``whence.gradients`` gives; here the phases and
+Each query has a run of vectors, family by family, in the order that ``whence.grid_sums`` gives; here the phases and
 halves of a method are read off the products with them, and results of checkpoints and blocks are joined.
 """
 
@@ -12,7 +12,7 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
-from whence.gradients import num_vectors
+from whence.grid_sums import num_vectors
 from whence.methods.frame import Method
 from whence.scores import Scores
 from whence.workload import Workload, family_of

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whence._files import publish_folder, sha256_of_file, sha256_of_json, write_json
-from whence._model_files import WEIGHTS_FILE, make_from_config, quiet_diffusers, read_json, read_weights
+from whence._model_files import WEIGHTS_FILE, make_from_config, quiet_diffusers, read_json
+from whence._networks import load_network, read_config
 from whence.config import WeightsName
-from whence.errors import CheckpointError, NumericsError, check_choice
+from whence.errors import CheckpointError, check_choice
 from whence.lora import NETWORKS, LoraFiles, add_lora, find_base, find_lora, save_lora
 from whence.record import read_manifest
 from whence.textual_inversion import (
@@ -292,11 +293,11 @@ def load_model(
 
     folder = checkpoint.weights_folder(weights)
     if checkpoint.base_folder is None:
-        return _load_whole(folder, allow_pickle, device, dtype)
+        return load_network(folder, allow_pickle, device, dtype)
     key, kept = (folder, device, dtype), {} if bases is None else bases
     if key not in kept:
         kept.clear()
-        parts = [_load_whole(folder, allow_pickle, device, dtype)]
+        parts = [load_network(folder, allow_pickle, device, dtype)]
         if checkpoint.learned is not None:
             text_encoder = load_text_encoder(_text_encoder_of(checkpoint), allow_pickle=allow_pickle)
             parts.append(text_encoder.to(device, getattr(torch, dtype)))
@@ -308,21 +309,6 @@ def load_model(
             add_lora(model, checkpoint.lora, checkpoint.lora_alpha)
         if checkpoint.learned is not None:
             model = invert(model, text_encoders[0], checkpoint.learned)
-        return model.to(device, getattr(torch, dtype)).eval()
-
-
-def _load_whole(folder: Path, allow_pickle: bool, device: str, dtype: str) -> Any:
-    import torch
-
-    config = _read_config(folder)
-    state = read_weights(folder, allow_pickle)
-    model = make_from_config(folder / "config.json", config, "model")
-    _check_fits(folder, {k: v.shape for k, v in model.state_dict().items()}, {k: v.shape for k, v in state.items()})
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise NumericsError(f"{folder}: parameter {name} holds NaN or infinite values. Leave this checkpoint out.")
-    model.load_state_dict(state)
-    with quiet_diffusers():
         return model.to(device, getattr(torch, dtype)).eval()
 
 
@@ -342,36 +328,10 @@ def describe_network(checkpoint: Checkpoint) -> Any:
 
     folder = checkpoint.model_folder
     with torch.device("meta"):
-        network = make_from_config(folder / "config.json", _read_config(folder), "model")
+        network = make_from_config(folder / "config.json", read_config(folder), "model")
     if checkpoint.learned is None:
         return network
     return invert(network, describe_text_encoder(_text_encoder_of(checkpoint)), checkpoint.learned)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    return {k: v for k, v in read_json(folder / "config.json").items() if k not in _EMA_KEYS}
-
-
-# EMAModel.save_pretrained adds its own state to the model's config.json.
-_EMA_KEYS = frozenset(
-    {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
-)
-
-
-def _check_fits(folder: Path, want: dict[str, Any], found: dict[str, Any]) -> None:
-    faults = [f"{name} is missing" for name in want if name not in found]
-    faults += [f"{name} is not part of the model" for name in found if name not in want]
-    faults += [
-        f"{name} has shape {tuple(found[name])}, the configuration asks for {tuple(want[name])}"
-        for name in want
-        if name in found and want[name] != found[name]
-    ]
-    if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise CheckpointError(
-            f"The weights in {folder} do not fit its config.json: {'; '.join(faults[:5])}{more}. "
-            "They belong to a model of another architecture."
-        )
 
 
 def check_same_architecture(checkpoints: Sequence[Checkpoint], weights: WeightsName = "raw") -> None:
@@ -394,7 +354,7 @@ def check_same_architecture(checkpoints: Sequence[Checkpoint], weights: WeightsN
 
 
 def _architecture(checkpoint: Checkpoint, weights: WeightsName) -> dict[str, Any]:
-    config = _read_config(checkpoint.weights_folder(weights))
+    config = read_config(checkpoint.weights_folder(weights))
     of_base = checkpoint.lora or checkpoint.learned
     return config if of_base is None else config | of_base.architecture
 

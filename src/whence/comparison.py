@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from whence._files import publish_file, write_json
+from whence.config import EvaluationSettings
 from whence.datamodels import fit_scores
 from whence.errors import GroundTruthError, ScoresError
 from whence.ground_truth import GroundTruth, split_subsets
@@ -16,16 +17,14 @@ from whence.scores import Scores
 
 FORMAT_VERSION = 1  # of lds.json
 
+_AS_USUAL = EvaluationSettings()
+
 
 def compare(
     ground_truth: GroundTruth,
     folder: Path,
     scores: Sequence[Scores] | None = None,
-    *,
-    measure: str = "loss",
-    fit_subsets: int | None = None,
-    draws: int = 1000,
-    seed: int = 0,
+    settings: EvaluationSettings = _AS_USUAL,
 ) -> tuple[list[LdsResult], dict[str, Any]]:
     """Evaluate scores against retrained models, and write ``evaluation/lds.json`` and ``lds.md``.
 
@@ -34,11 +33,7 @@ def compare(
         folder: The run.
         scores: What to evaluate. Default: all in ``scores/`` that are of the same images and queries; what is left out
             is told in the notes.
-        measure: Which output of the models.
-        fit_subsets: Fit empirical influence and datamodels on so many of the subsets, the first ones, and evaluate
-            everything on the others.
-        draws: Resamples of queries and subsets for the interval.
-        seed: Seed of the resamples.
+        settings: Which output of the models, resamples, subsets to fit on.
 
     Returns:
         One result for each method and set of queries, and the table of them.
@@ -48,17 +43,22 @@ def compare(
         GroundTruthError: If given scores were fitted on subsets that they are evaluated on.
     """
     truth, fitted = ground_truth, []
-    if fit_subsets is not None:
-        first, truth = split_subsets(ground_truth, fit_subsets)
-        fitted = list(fit_scores(first, folder, measure=measure).values())
+    if settings.fit_subsets is not None:
+        first, truth = split_subsets(ground_truth, settings.fit_subsets)
+        fitted = list(fit_scores(first, folder, measure=settings.measure).values())
     results, notes = [], []
+
+    def evaluate(one: Scores) -> None:
+        found = evaluate_lds(one, truth, measure=settings.measure, draws=settings.draws, seed=settings.seed)
+        results.append((one, found))
+
     for one in [*(scores or []), *fitted]:
-        results.append((one, evaluate_lds(one, truth, measure=measure, draws=draws, seed=seed)))
+        evaluate(one)
     for one in _others(folder, fitted) if scores is None else []:
         try:
-            results.append((one, evaluate_lds(one, truth, measure=measure, draws=draws, seed=seed)))
+            evaluate(one)
         except (ScoresError, GroundTruthError) as error:
-            truth.output(measure)  # raises where the fault is not the scores'
+            truth.output(settings.measure)  # raises where the fault is not the scores'
             notes.append(f"{one.folder.name if one.folder else one.method} is left out: {error}")
     if not results:
         raise ScoresError(
@@ -69,11 +69,23 @@ def compare(
     table = lds_table(flat)
     table["notes"] += notes + truth.notes
     record = lds_record(flat, truth, table["notes"])
-    record |= {"ground_truth": str(ground_truth.folder), "draws": draws, "seed": seed, "fit_subsets": fit_subsets}
-    write_json(folder / "evaluation" / "lds.json", record)
-    with publish_file(folder / "evaluation" / "lds.md") as partial:
-        partial.write_text(markdown_table(table))
+    record |= {"ground_truth": str(ground_truth.folder)}
+    record |= {"draws": settings.draws, "seed": settings.seed, "fit_subsets": settings.fit_subsets}
+    write_table(folder / "evaluation" / "lds", table, record)
     return flat, table
+
+
+def write_table(path: Path, table: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> None:
+    """Write a table as Markdown, and as JSON beside it.
+
+    Args:
+        path: Where to, without a suffix.
+        table: As of :func:`lds_table`.
+        record: What the JSON says, where that is more than the table.
+    """
+    write_json(path.with_suffix(".json"), table if record is None else record)
+    with publish_file(path.with_suffix(".md")) as partial:
+        partial.write_text(markdown_table(table))
 
 
 def _others(folder: Path, fitted: Sequence[Scores]) -> list[Scores]:

@@ -4,6 +4,7 @@ The command line makes its flags from these, a run keeps them in ``config.yaml``
 its help text. Units stand in the names; a timestep is an integer in 0..T-1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
@@ -352,6 +353,37 @@ class CounterfactualSettings(TrainAgainSettings):
     encoder: str | None = None
     """Also compare features of the generated images: folder of a transformers model, hub:NAME, module:function or
     FILE.py:function, as of whence trace."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How images are sampled from a model."""
+
+    prompts: Sequence[str] = ()
+    """Captions or labels, of a model that is told these; the empty one stands for none."""
+    guidance_scale: float = 1.0
+    """Scale of classifier-free guidance; 1 is the model's own prediction."""
+    steps: int = 50
+    """Denoising steps: of DDIM, or Euler's of flow matching."""
+    seed: int = 0
+    """Seed of the noise; the k-th image depends on it and k alone."""
+    trajectory: bool = False
+    """Also keep what the sampler took each image to be at each step, as journey-trak needs it."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How scores are compared with models trained again."""
+
+    measure: str = "loss"
+    """Which output of the models."""
+    fit_subsets: int | None = None
+    """Fit empirical influence and datamodels on so many of the subsets, the first ones, and evaluate everything on the
+    others."""
+    draws: int = 1000
+    """Resamples of queries and subsets for the interval."""
+    seed: int = 0
+    """Seed of the resamples."""
 
 
 Reason = Literal["duplicate", "outlier", "harmful"]

@@ -7,51 +7,41 @@
 
 Every image is decoded once at opening, so that all bad files are found before anything is trained, and nothing is
 dropped or altered without being counted. Up to 1 GiB the decoded images stay in memory; beyond that they are decoded
-again when asked for. What lies in a source is found by ``_sources``, and a picture is decoded by ``_images``; none of
-the three needs torch.
+again when asked for. What lies in a file or folder is found by ``_sources``, in a data set in memory by ``_datasets``,
+in a file of float images by ``_float_images``; ``_columns`` knows names of columns, and ``_images`` decodes a picture.
+None of them needs torch.
 """
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, SupportsIndex, final
 
 import numpy as np
 from jaxtyping import Bool, Float32
 from numpy import ndarray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from whence._files import publish_file
-from whence._images import Pictures, ValueRange, decode, hash_pixels, hold_floats, read_pictures
-from whence._sources import Items, abbreviate, as_text, checked_ids, find_images, warn_of_columns
+from whence._columns import abbreviate, as_text, checked_ids, warn_of_columns
+from whence._datasets import Items, check_repeatable, count_items
+from whence._float_images import read_float_images, write_float_images
+from whence._images import Pictures, ValueRange, check_settings, hash_pixels, hold_floats, read_pictures
+from whence._sources import find_images
 from whence.config import DataSettings
 from whence.encoded import Encoded
 from whence.encoded import join as join_encoded
-from whence.errors import ConfigError, DataError
+from whence.errors import DataError
 from whence.trajectories import Trajectories
 from whence.trajectories import join as join_trajectories
-
-FORMAT_VERSION = 1  # of files written by save_arrays
 
 _AS_THEY_ARE = DataSettings()
 _IF_JOINED_TWICE = (
     "The id of a single file is its name, in a folder its path from there: give the one folder that holds them all, "
     "rename one, or name an id_column of a table."
 )
-_SETTING_TYPES = (
-    ("resolution", Integral | None, "a whole number of pixels or None"),
-    ("center_crop", bool, "True or False"),
-    ("grey", bool, "True or False"),
-    ("max_megapixels", Real, "a number"),
-)
-_REPEATED_READS = 8  # items of a data set read twice, to catch random transforms
 
 
 @final
@@ -360,27 +350,15 @@ class ImageData:
         source = type(dataset).__name__
         if value_range is not None and tuple(value_range) not in ((0, 1), (-1, 1)):
             raise DataError(f"value_range must be (0, 1) or (-1, 1); got {value_range}. Scale the items before.")
-        try:
-            num_items = len(dataset)
-        except TypeError:
-            raise DataError(
-                f"{source} has no length. whence needs a map-style data set, with len() and [], so that it can come "
-                "back to a sample; put the items of a stream into a list first."
-            ) from None
-        _check_settings(settings)
+        num_items = count_items(dataset, source)
+        check_settings(settings)
         items = Items(dataset, num_items, settings, source)
         # The list of the items' own ids fills up while they are read.
         names = items.ids if ids is None else checked_ids(ids, source)
         _check_count("ids", names, num_items, source)
         pictures = read_pictures(items, names, settings, source, value_range)
-        repeated = [decode(items[k], settings, value_range)[0] for k in range(min(num_items, _REPEATED_READS))]
-        for k, array in enumerate(repeated):
-            if hash_pixels(array) != pictures.hashes[k]:
-                raise DataError(
-                    f"Item {k} of {source} differs from one reading to the next. Scores belong to fixed images: take "
-                    "random transforms out of the data set (flips are a setting of training)."
-                )
-        if value_range is not None and repeated[0].dtype == np.uint8:
+        dtype = check_repeatable(items, pictures, source)
+        if value_range is not None and dtype == np.uint8:
             warnings.warn(f"value_range={value_range} has no effect: {source} holds no floats.", stacklevel=2)
         labels = items.labels if any(items.labels) else None
         captions = items.captions if any(items.captions) else None
@@ -410,7 +388,7 @@ def open_images(source: str | Path, settings: DataSettings = _AS_THEY_ARE) -> Im
     Raises:
         DataError: If the source is not one of the above, is empty, or has images that cannot be used.
     """
-    _check_settings(settings)
+    check_settings(settings)
     path, name = Path(source), str(source)
     if path.suffix.lower() == ".safetensors" and path.is_file():
         return _open_arrays(path, settings, name)
@@ -504,38 +482,14 @@ def save_arrays(
     if path.suffix != ".safetensors":
         raise DataError(f"{path} must end in .safetensors, by which open_images knows the format.")
     data = ImageData.from_arrays(pixels, ids, labels, captions, source=str(path))
-    # One entry, because the order of several differs from one writing to the next.
-    about: dict[str, Any] = {"format_version": FORMAT_VERSION, "ids": data.ids, "labels": data.labels}
-    about |= {} if data.captions is None else {"captions": data.captions}
-    arrays = {"images": data.pixels(range(len(data)))}
     if trajectories is not None:
         _check_frames(trajectories, data)
-        about["trajectories"] = {"timesteps": trajectories.timesteps, "about": trajectories.about}
-        if trajectories.of_latents:
-            about["trajectories"]["of_latents"] = True
-        arrays["frames"] = np.ascontiguousarray(trajectories.frames)
-    with publish_file(path) as partial:
-        save_file(arrays, partial, metadata={"whence": json.dumps(about)})
+    write_float_images(path, data.pixels(range(len(data))), data.ids, data.labels, data.captions, trajectories)
 
 
 def _open_arrays(path: Path, settings: DataSettings, source: str) -> ImageData:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            pixels, entry = file.get_tensor("images"), json.loads((file.metadata() or {})["whence"])
-            version, ids, labels = entry["format_version"], entry["ids"], entry["labels"]
-            captions, steps = entry.get("captions"), entry.get("trajectories")
-            frames = None if steps is None else file.get_tensor("frames")
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{source} is no readable file of images ({type(error).__name__}: {error}). It must have a tensor images "
-            "and metadata as written by whence.data.save_arrays; write it again with that."
-        ) from error
-    if version != FORMAT_VERSION:
-        raise DataError(
-            f"{source} has format version {version}; this version of whence reads {FORMAT_VERSION}. Open it with the "
-            "version that wrote it."
-        )
-    data = ImageData.from_arrays(pixels, ids, labels, captions, source=source)
+    found = read_float_images(path, source)
+    data = ImageData.from_arrays(found.pixels, found.ids, found.labels, found.captions, source=source)
     side = settings.resolution
     if side not in (None, data.height) or side not in (None, data.width) or (settings.grey and data.channels == 3):
         raise DataError(
@@ -543,14 +497,16 @@ def _open_arrays(path: Path, settings: DataSettings, source: str) -> ImageData:
             f"the settings ask for resolution {side} and grey {settings.grey}. Change the settings or the images."
         )
     warn_of_columns(settings, source)
-    if frames is None or steps is None:
+    if found.frames is None or found.steps is None:
         return data
     try:
-        found = Trajectories(frames, tuple(steps["timesteps"]), tuple(steps["about"]), bool(steps.get("of_latents")))
-        _check_frames(found, data)
+        steps = found.steps
+        timesteps, about = tuple(steps["timesteps"]), tuple(steps["about"])
+        trajectories = Trajectories(found.frames, timesteps, about, bool(steps.get("of_latents")))
+        _check_frames(trajectories, data)
     except (DataError, KeyError, TypeError) as error:
         raise DataError(f"{source} has trajectories that cannot be used: {error}") from error
-    return replace(data, trajectories=found)
+    return replace(data, trajectories=trajectories)
 
 
 def _check_frames(trajectories: Trajectories, data: ImageData) -> None:
@@ -580,17 +536,3 @@ def _make(
 def _check_count(name: str, values: Sequence[str], num_images: int, source: str) -> None:
     if len(values) != num_images:
         raise DataError(f"{source} has {num_images} images and {len(values)} {name}; give one for each image.")
-
-
-def _check_settings(settings: DataSettings) -> None:
-    faults = [
-        f"{name} must be {what}; got {value!r}"
-        for name, kind, what in _SETTING_TYPES
-        if not isinstance(value := getattr(settings, name), kind) or (isinstance(value, bool) and kind is not bool)
-    ]
-    if faults:
-        raise ConfigError("; ".join(faults) + ".")
-    if settings.resolution is not None and settings.resolution < 1:
-        raise ConfigError(f"resolution must be at least 1 pixel; got {settings.resolution}.")
-    if settings.center_crop and settings.resolution is None:
-        warnings.warn("center_crop has no effect without a resolution.", stacklevel=3)

@@ -2,7 +2,7 @@
 
 ::
 
-    vae          the mode of an AutoencoderKL's posterior, less its shift and times its scaling factor
+    vae          the mode of an AutoencoderKL's posterior, shifted and scaled as denoising networks see it
     clip         image features of a CLIP model of transformers
     embeddings   of any model of transformers: its image features where it has a text side too, else its pooled output,
                  else the mean of its last hidden states; or what a function of the user's gives
@@ -37,6 +37,7 @@ from torch import Tensor
 from whence._files import sha256_of_file, sha256_of_json
 from whence._model_files import quiet_diffusers, quiet_libraries
 from whence.data import ImageData
+from whence.diffusion.latents import latent_scaling
 from whence.errors import ConfigError
 from whence.methods.frame import Baseline, BaselineKind
 
@@ -184,7 +185,10 @@ def _find_vae(given: str, folder: Path, device: str, allow_pickle: bool) -> Enco
     if config.get("_class_name") != "AutoencoderKL":
         raise ConfigError(f"{folder} holds a {config.get('_class_name')}, no AutoencoderKL. {_FORMS['vae']}")
     load = partial(_load_vae, folder, device, allow_pickle)
-    return Encoder(given, _identify("vae", folder, config), load)
+    identity = _identify("vae", folder, config)
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        identity["channels"] = "standardised"  # scores from before that was done are other ones
+    return Encoder(given, identity, load)
 
 
 def _load_vae(folder: Path, device: str, allow_pickle: bool) -> LoadedEncoder:
@@ -204,11 +208,11 @@ def _load_vae(folder: Path, device: str, allow_pickle: bool) -> LoadedEncoder:
             raise ConfigError(f"The AutoencoderKL in {folder} cannot be loaded: {error}") from error
         _check_complete(folder, info["missing_keys"])
         model = model.to(device, torch.float32).eval()
-    shift, scale = model.config.get("shift_factor") or 0.0, model.config["scaling_factor"]
+    shift, scale = latent_scaling(model.config)
 
     def encode(pixels: Pixels) -> Tensor:
         images = torch.from_numpy(_with_channels(pixels, model.config["in_channels"], folder)).to(device)
-        return ((model.encode(images).latent_dist.mode() - shift) * scale).flatten(1)
+        return ((model.encode(images).latent_dist.mode().cpu() - shift) * scale).flatten(1)
 
     return LoadedEncoder("latents (mode of the posterior, scaled) of AutoencoderKL", encode)
 

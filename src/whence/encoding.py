@@ -16,10 +16,11 @@ import numpy as np
 from numpy import ndarray
 
 from whence._array_files import read_arrays, write_arrays
+from whence._columns import abbreviate
 from whence._files import sha256_of_json
 from whence.checkpoints import Checkpoint, describe_network
 from whence.config import ConditioningSettings
-from whence.data import ImageData, abbreviate
+from whence.data import ImageData
 from whence.diffusion.adapters import channels_of, check_model, needed_conditions
 from whence.encoded import AbstractEncoder, Arrays, Conditions, Encoded, Latents
 from whence.errors import CheckpointError, ConfigError, DataError

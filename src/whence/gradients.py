@@ -1,20 +1,13 @@
 """Gradients of samples at one checkpoint: sums over a grid, inner products with fixed vectors, and projected rows.
 
-The query side of a streaming trace needs whole gradients, summed over a grid of timesteps; the training side streams,
-layer by layer, through inner products with them. Both take the gradient of all draws at one timestep as one unit, in
-two halves (A and B) where there is an even number of draws, so that reliability can be computed under every
-normalisation::
-
-    family none       sum over t of (A + B) / T             by phase, and of 2A / T  (half B follows from these)
-    family timestep   sum over t of (A + B) / (T |A + B|)   by phase, and of A / (T |A|) and B / (T |B|)
-
-with A and B the sums over half of the draws, divided by the number of all draws.
+The query side of a streaming trace needs whole gradients, summed over a grid of timesteps as ``whence.grid_sums`` says;
+the training side streams, layer by layer, through inner products with them. Both take the gradient of all draws at one
+timestep as one unit.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -36,46 +29,13 @@ from whence.engine.check import check_against_autograd
 from whence.engine.sinks import DotSink, GatherSink, Layout, ProjectSink
 from whence.errors import ConfigError, NumericsError
 from whence.event_table import EventBatch, EventTable, grid_events, make_batch, sample_events
+from whence.grid_sums import Family, GridRows, GridVectors, num_vectors, points_at_once, sum_coefficients
 from whence.methods.frame import Grid, Trajectory
 from whence.precision import autocast, output_scale, tensor_float_32
 from whence.projections import AbstractProjection
 
-Family = Literal["none", "timestep"]
-
-GATHER_BYTES = 4 * 2**30
-"""Whole gradients that are held at once in the making of sums, at most; one point of a grid in any case."""
-
-
-@dataclass(frozen=True)
-class GridVectors:
-    """Summed gradients of one sample over a grid.
-
-    The rows of ``vectors`` are, family by family: one per phase, then half A, then (family timestep) half B; the halves
-    are missing where there is no even number of draws.
-    """
-
-    vectors: Float[Tensor, "vector param"]
-    norms: Float64[ndarray, " timestep"]
-    """Length of the gradient, averaged over the draws, at each timestep of the grid."""
-
-
-@dataclass(frozen=True)
-class GridRows:
-    """Projected gradients of samples at each timestep of a grid, averaged over the draws."""
-
-    rows: Float[Tensor, "sample timestep part width"]
-    """In one part, or in two halves of the draws whose sum is the average over all of them."""
-    norms: Float64[ndarray, "sample timestep length"]
-    """Exact lengths of the gradients that were projected: of the average, then of each part."""
-
-
 _Points = tuple[ndarray, ndarray, Float64[Tensor, "point length"], Float[Tensor, "part param"]]
 """Of some points of a grid: sample, number of the timestep, lengths of average and parts, gradients of the parts."""
-
-
-def num_vectors(family: Family, phases: int, halves: bool) -> int:
-    """Count the rows that a family takes in :class:`GridVectors`."""
-    return phases + halves * (1 if family == "none" else 2)
 
 
 class GradientSource:
@@ -427,13 +387,16 @@ class GradientSource:
     ) -> Float[Tensor, " event"]:
         """Give the outputs of events, and put mean squared errors into ``squares``."""
         batch = make_batch(table, images, self.process, dtype=self.dtype, device=self.device)
-        with autocast(self.autocast, self.device):
-            prediction = predict(self.model, batch.noisy, batch.times, batch.conditions)
-        prediction = prediction.to(self.dtype)
+        prediction = self._predict(batch)
         if squares is not None:
             squares.copy_(sample_loss(prediction.detach(), batch.target, "mse", batch.region))
         values = sample_output(prediction, batch.target, self.output, self.loss, batch.region)
         return values * batch.loss_weight if self.output == "loss" else values
+
+    def _predict(self, batch: EventBatch) -> Float[Tensor, "event *shape"]:
+        with autocast(self.autocast, self.device):
+            prediction = predict(self.model, batch.noisy, batch.times, batch.conditions)
+        return prediction.to(self.dtype)
 
     def output_scale(self, images: ImageData) -> float:
         """Give what outputs are multiplied with before the backward pass, which autocast may ask for."""
@@ -483,10 +446,7 @@ class GradientSource:
             def outputs(
                 some: slice, batch: EventBatch = batch, residual: Float[Tensor, "event *shape"] = residual
             ) -> Float[Tensor, " event"]:
-                here = batch.take(some)
-                with autocast(self.autocast, self.device):
-                    prediction = predict(self.model, here.noisy, here.times, here.conditions)
-                return (prediction.to(self.dtype) * residual[some]).flatten(1).sum(1)
+                return (self._predict(batch.take(some)) * residual[some]).flatten(1).sum(1)
 
             with tensor_float_32(self.tf32):
                 self.capture.run(outputs, len(events), len(events), sinks)
@@ -542,42 +502,3 @@ class GradientSource:
                 f"The gradient of {images.ids[row]} at timestep {timestep} is not finite at {self.label} ({len(bad)} "
                 f"such in this batch). Look at the checkpoint's weights, or leave it out.{narrow}"
             )
-
-
-def points_at_once(batch_size: int, grid: Grid | Trajectory, point_bytes: int) -> int:
-    """Count the points of a grid whose draws fit into a batch, and whose gradients into ``GATHER_BYTES``."""
-    return max(1, min(batch_size // grid.draws, GATHER_BYTES // point_bytes))
-
-
-def sum_coefficients(
-    lengths: Float64[Tensor, "point length"],
-    phase_of_point: Tensor,
-    families: Sequence[Family],
-    phases: int,
-    halves: bool,
-) -> Float64[Tensor, "vector point part"]:
-    """Say how each sum is made of the half-gradients of the points: the table at the top of this module.
-
-    Args:
-        lengths: Of the average over the draws, then of each part.
-        phase_of_point: Bin of timesteps of each point.
-        families: Which sums.
-        phases: Bins of timesteps.
-        halves: Whether there are two parts.
-
-    Returns:
-        What each part counts in each sum, but for the division by the number of timesteps.
-    """
-    num_points, parts = len(lengths), 2 if halves else 1
-    in_phase = torch.nn.functional.one_hot(phase_of_point, phases).T.to(lengths)  # phase, point
-    both = torch.ones(parts, dtype=lengths.dtype, device=lengths.device)
-    rows = []
-    for family in families:
-        # A zero gradient stays a zero row.
-        scale = torch.ones_like(lengths) if family == "none" else torch.where(lengths > 0, 1 / lengths, 0.0)
-        rows.append((in_phase * scale[:, 0])[:, :, None] * both)
-        for half in range(num_vectors(family, phases, halves) - phases):
-            only = torch.zeros(1, num_points, parts, dtype=lengths.dtype, device=lengths.device)
-            only[0, :, half] = 2.0 if family == "none" else scale[:, 1 + half]
-            rows.append(only)
-    return torch.cat(rows)

@@ -204,6 +204,8 @@ def notes_on_store(store: Store) -> list[str]:
 def content_hashes(images: ImageData) -> list[str]:
     """Hash the pixels of each image, as float32, what a conditional model is told of it, and its region.
 
+    These are what stores hold, and so not ``ImageData.seen_hashes``, into which the shape of an image goes too.
+
     Returns:
         SHA-256, one per image.
     """

@@ -24,7 +24,8 @@ from whence.config import GradientSettings
 from whence.errors import ConfigError
 from whence.event_table import grid_events
 from whence.gauss_newton import GaussNewton
-from whence.gradients import GradientSource, points_at_once
+from whence.gradients import GradientSource
+from whence.grid_sums import points_at_once
 from whence.methods.frame import Grid, Trajectory
 from whence.subject import Subject
 from whence.workload import Demand

@@ -20,6 +20,7 @@ from torch import Tensor
 from whence._files import sha256_of_file, sha256_of_json
 from whence._model_files import quiet_libraries, read_json
 from whence.config import ConditioningSettings
+from whence.diffusion.latents import latent_scaling
 from whence.encoded import AbstractEncoder, Arrays, Latents
 from whence.errors import CheckpointError, ConfigError
 
@@ -109,7 +110,7 @@ class PipelineEncoder(AbstractEncoder):
                 f"{pixels.shape[1]}. Leave --grey out, or give the pipeline that was trained on such images."
             )
         encoded = vae.encode(torch.from_numpy(pixels).to(self.device))
-        shift, scale = _shift_and_scale(vae.config)
+        shift, scale = latent_scaling(vae.config)
         posterior = getattr(encoded, "latent_dist", None)
         if posterior is None:
             if with_deviation:
@@ -131,7 +132,7 @@ class PipelineEncoder(AbstractEncoder):
         Returns:
             Images in [-1, 1].
         """
-        shift, scale = _shift_and_scale(self._vae.config)
+        shift, scale = latent_scaling(self._vae.config)
         decoded = [
             self._vae.decode((torch.from_numpy(z[None]) / scale + shift).to(self.device)).sample for z in latents
         ]
@@ -237,15 +238,6 @@ class PipelineEncoder(AbstractEncoder):
 
 def _latent_of(encoded: Any) -> Tensor:
     return encoded.latent if hasattr(encoded, "latent") else encoded.latents
-
-
-def _shift_and_scale(config: Any) -> tuple[Tensor, Tensor]:
-    """Give what is taken off latents, and what they are then multiplied with."""
-    factor = torch.tensor(float(config.scaling_factor or 1.0))
-    mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is not None and deviation is not None:
-        return torch.tensor(mean).view(-1, 1, 1), factor / torch.tensor(deviation).view(-1, 1, 1)
-    return torch.tensor(float(getattr(config, "shift_factor", None) or 0.0)), factor
 
 
 def _as_array(value: Tensor) -> ndarray:

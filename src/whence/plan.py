@@ -20,7 +20,8 @@ from whence.attribution import TraceWork, check_streamed, describe_arithmetic, p
 from whence.config import TraceSettings
 from whence.data import ImageData
 from whence.event_table import grid_events
-from whence.gradients import GradientSource, points_at_once
+from whence.gradients import GradientSource
+from whence.grid_sums import points_at_once
 from whence.memory import QUERY_BYTES, Footprint, Limits, choose_limits, measure_footprint, num_turns, peak_bytes
 from whence.methods import Baseline, Grid, Method, Replay
 from whence.scores import Scores

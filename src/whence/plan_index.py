@@ -18,7 +18,7 @@ from whence.config import IndexSettings, QuerySettings
 from whence.data import ImageData
 from whence.errors import ConfigError
 from whence.event_table import grid_events
-from whence.gradients import points_at_once
+from whence.grid_sums import points_at_once
 from whence.indexing import Indexing, ReadyIndex, find_full_store, index_demand, prepare_index, settle_index
 from whence.memory import QUERY_BYTES, Footprint, Limits, measure_footprint, num_turns, peak_bytes
 from whence.methods import Baseline, Grid, Method

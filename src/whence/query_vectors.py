@@ -28,7 +28,8 @@ from whence._store_checks import list_differences
 from whence.assembly import FACTS, inverse, sample_lengths
 from whence.checkpoints import Checkpoint
 from whence.errors import StoreError
-from whence.gradients import GradientSource, sum_coefficients
+from whence.gradients import GradientSource
+from whence.grid_sums import sum_coefficients
 from whence.indexing import content_hashes
 from whence.inverse_curvature import AbstractQueryPreconditioner, describe_solutions, make_preconditioner
 from whence.memory import QUERY_BYTES

@@ -13,7 +13,6 @@ In a script that trains with ``accelerate``, give it the accelerator and leave t
 
 import atexit
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,14 +37,14 @@ from whence._recorder_checks import (
     one_learning_rate,
     whole_number,
 )
+from whence._recorder_draws import StepDraws
 from whence._recorder_folder import RecorderFolder
-from whence._recorder_manifest import as_dict, make_manifest
-from whence._recorder_manifest import objective_of as objective_of
+from whence._recorder_manifest import as_dict, make_manifest, objective_of
 from whence._recorder_pass import Pass
 from whence._script_flags import check_draws, check_flags, prior_weights, scheduler_of_training
 from whence.checkpoints import Checkpoint, save_checkpoint
 from whence.config import LossName, ObjectiveSettings
-from whence.diffusion.noise import draw_latents, drawn_flip, is_withheld, noise_key
+from whence.diffusion.noise import draw_latents, drawn_flip, is_withheld
 from whence.diffusion.process import NoiseProcess
 from whence.errors import NumericsError, RecordError
 
@@ -128,8 +127,7 @@ class Recorder:
         self._open: Pass | None = None
         self._step_rows: list[dict[str, Any]] = []
         self._part_rows: list[dict[str, Any]] = []
-        self._occurrences: Counter[str] = Counter()
-        self._prepared: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._draws = StepDraws(self.seed, self.rank)
         if accelerator:
             accelerator.register_for_checkpointing(SavedState(self.close_part, lambda: self.last_step, self._rewind))
             atexit.register(self.close)  # scripts end without a word, maybe after their last checkpoint
@@ -251,7 +249,7 @@ class Recorder:
         if condition_dropped is not None and prepared.get("condition_dropped", dropped.tolist()) != dropped.tolist():
             raise RecordError("condition_dropped is not what drop() gave for this batch; leave it out of draw().")
         keys = self._keys(sample_ids)
-        self._occurrences.update(sample_ids)
+        self._draws.count(sample_ids)
         timesteps = torch.tensor([self.process.drawn_timestep(key) for key in keys], dtype=torch.long)
         times = self.process.times(timesteps)
         noise, seen = (torch.from_numpy(n).to(like) for n in self.process.noise(keys, tuple(like.shape[1:])))
@@ -347,7 +345,7 @@ class Recorder:
                 )
             )
         self._step_rows = []
-        self._occurrences.clear()
+        self._draws.end_step()
         if accelerated and accelerated.saves_after(self.last_step):
             self.close_part()
             accelerated.wait()  # no checkpoint before every process has written down what led to it
@@ -360,7 +358,7 @@ class Recorder:
             num_samples, step=self.last_step + 1, learning_rate=0.0, clip_coefficient=0.0, samples_in_step=num_samples
         )
         self._append([rows], kind="probe")
-        self._occurrences.clear()
+        self._draws.end_step()
 
     def has_probe(self) -> bool:
         """Tell whether the step after the last one was probed already."""
@@ -463,26 +461,16 @@ class Recorder:
         """Give the place for what is drawn of a batch before its noise."""
         self._begin_if_not_loaded()
         self._leave_open_pass()
-        return self._prepared.setdefault(tuple(sample_ids), {})
+        return self._draws.prepared(sample_ids)
 
     def _take_prepared(self, sample_ids: Sequence[str]) -> dict[str, Any]:
-        if self._prepared and tuple(sample_ids) not in self._prepared:
-            raise RecordError(
-                "flip(), latents() or drop() was called with other ids than draw(). Call all with the same batch."
-            )
-        prepared = self._prepared.pop(tuple(sample_ids), {})
+        prepared = self._draws.take_prepared(sample_ids)
         check_draws(self._settings, prepared)
         self._record.note_latents("latents" in prepared, begun=bool(self.last_step or self._step_rows))
         return prepared
 
     def _keys(self, sample_ids: Sequence[str]) -> list[int]:
-        step = self.last_step + 1
-        seen = self._occurrences.copy()
-        keys = []
-        for sample_id in sample_ids:
-            keys.append(visit_key(self.seed, sample_id, step, self.rank, seen[sample_id]))
-            seen[sample_id] += 1
-        return keys
+        return self._draws.keys(sample_ids, self.last_step + 1)
 
     def _close(self, loss_per_sample: Tensor, loss_weight: Tensor | None, micro_batch: int) -> dict[str, Any]:
         if self._open is None:
@@ -499,11 +487,6 @@ class Recorder:
     def _append(self, passes: list[dict[str, Any]], kind: str = "visits") -> None:
         columns = {name: [v for rows in passes for v in rows[name]] for name in passes[0] if name != "ids"}
         self._record.parts.append(columns, [i for rows in passes for i in rows["ids"]], kind)
-
-
-def visit_key(seed: int, sample_id: str, step: int, rank: int, occurrence: int) -> int:
-    """Give the noise key of a visit; a sample that several processes see in one step has another noise in each."""
-    return noise_key(seed, "record", "train", sample_id, step, occurrence=(rank << 16) + occurrence)
 
 
 def flip_where(images: Float[Tensor, "event *shape"], flips: Bool[Tensor, " event"]) -> Float[Tensor, "event *shape"]:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from whence._columns import abbreviate
 from whence.config import DataSettings
-from whence.data import ImageData, abbreviate, open_images
+from whence.data import ImageData, open_images
 from whence.errors import DataError
 
 

@@ -16,13 +16,12 @@ from torch import nn
 
 from whence.checkpoints import Checkpoint, check_files, load_model
 from whence.diffusion.adapters import check_model, predict
-from whence.diffusion.noise import drawn_flip, is_withheld
+from whence.diffusion.noise import drawn_flip, is_withheld, visit_key
 from whence.diffusion.objectives import sample_loss
 from whence.diffusion.process import NoiseProcess
 from whence.event_table import make_batch
 from whence.precision import autocast, tensor_float_32
 from whence.record import Record, Visits
-from whence.recorder import visit_key
 from whence.subject import Subject
 from whence.training import check_device
 

@@ -17,7 +17,7 @@ from whence.data import ImageData
 from whence.diffusion.process import even_timesteps, nearest_timesteps
 from whence.errors import ConfigError, check_choice
 from whence.event_table import EventTable, Replays
-from whence.gradients import Family, num_vectors
+from whence.grid_sums import Family, num_vectors
 from whence.methods.frame import (
     After,
     Baseline,

@@ -56,6 +56,11 @@ def noise_key(
     return int.from_bytes(digest, "little")
 
 
+def visit_key(seed: int, sample_id: str, step: int, rank: int, occurrence: int) -> int:
+    """Give the noise key of a visit; a sample that several processes see in one step has another noise in each."""
+    return noise_key(seed, "record", "train", sample_id, step, occurrence=(rank << 16) + occurrence)
+
+
 def scalar_draws(key: int) -> Float64[ndarray, " scalar"]:
     """Give the four uniforms in [0, 1) that go with a key: timestep, flip, again timestep, and a spare one."""
     return _uniforms(key, _NUM_SCALARS)
