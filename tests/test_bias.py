@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from whence.attribution import trace
 from whence.bias import (
     choose_samples,
     correlations,
+    generally_influential_from,
     intervene,
     norm_by_timestep,
     ranks_of,
@@ -90,8 +92,14 @@ def test_histogram_and_medians_are_by_trained_timestep():
 
 def test_a_rank_is_among_the_others():
     scores = scores_of([[3, 1, 2], [0, 9, 1]], [[1, 1, 1]], [[1, 1, 1]])
-    assert ranks_of(np.array([[2.5], [0.5]]), scores, [0]).tolist() == [[1], [3]]
-    assert ranks_of(scores.values[:, [1, 2]], scores, [1, 2]).tolist() == [[3, 2], [1, 2]]
+    assert ranks_of(np.array([[2.5], [0.5]]), scores.values, [0]).tolist() == [[1], [3]]
+    assert ranks_of(scores.values[:, [1, 2]], scores.values, [1, 2]).tolist() == [[3, 2], [1, 2]]
+
+
+def test_generally_influential_is_more_than_a_quarter_and_more_than_chance():
+    assert generally_influential_from(num_query=16, num_train=1000, k=10) == 4  # a quarter
+    assert generally_influential_from(num_query=6, num_train=1000, k=10) == 3  # no fewer than three
+    assert generally_influential_from(num_query=16, num_train=50, k=10) == 7  # twice 3.2 of chance
 
 
 def test_samples_are_chosen_among_those_that_were_always_visited():
@@ -105,7 +113,7 @@ def test_scores_as_if_trained_elsewhere_are_those_of_a_loop(subject, traced, toy
     row, count = 6, 7
     found = intervene(subject, toy_queries, traced, [row, 2], SETTINGS, tmp_path, timesteps=count, **QUIET)
     visits, previous = subject.record.visits, 0
-    want = {"tracin": np.zeros(3), "retrac": np.zeros(3)}
+    want = {"tracin": np.zeros((2, 3)), "retrac": np.zeros((2, 3))}
     for number, checkpoint in enumerate(subject.checkpoints):
         model, scheduler = load_model(checkpoint).double(), load_scheduler(checkpoint)
         mine = visits_between(subject.record, "train-6", previous, checkpoint.step)
@@ -116,18 +124,18 @@ def test_scores_as_if_trained_elsewhere_are_those_of_a_loop(subject, traced, toy
         gradients = [gradient(model, scheduler, image, t, noise) for t in grid(50, count)]
         curve = np.array([float(g.norm()) for g in gradients])
         np.testing.assert_allclose(found.curves[number, 0], curve, rtol=1e-6)
-        assert found.largest_timesteps[number, 0] == grid(50, count)[curve.argmax()]
+        assert found.longest_timesteps[number, 0] == grid(50, count)[curve.argmax()]
         assert found.trained_timesteps[number, 0] == visits.model_time[last]
-        g = gradients[curve.argmax()]
         for query, (pixels, id_) in enumerate(zip(toy_queries.pixels(range(3)), toy_queries.ids, strict=True)):
             means = query_gradients(model, scheduler, pixels, id_, 3, 2)
-            want["tracin"][query] += weight * float(g @ means.mean(0))
             unit = (means / means.norm(dim=1, keepdim=True)).mean(0)
-            want["retrac"][query] += weight * float(torch.dot(g / g.norm(), unit))
+            for way, g in enumerate((gradients[curve.argmax()], gradients[curve.argmin()])):
+                want["tracin"][way, query] += weight * float(g @ means.mean(0))
+                want["retrac"][way, query] += weight * float(torch.dot(g / g.norm(), unit))
         previous = checkpoint.step
     for scores in traced:
-        np.testing.assert_allclose(found.as_if[scores.method][:, 0], want[scores.method], rtol=1e-6)
-        np.testing.assert_allclose(found.as_trained[scores.method], scores.values[:, [row, 2]], rtol=1e-8)
+        np.testing.assert_allclose(found.scores[scores.method][1:, :, 0], want[scores.method], rtol=1e-6)
+        np.testing.assert_allclose(found.scores[scores.method][0], scores.values[:, [row, 2]], rtol=1e-8)
     assert not list(tmp_path.glob("diagnose-*/*"))
 
 
@@ -158,20 +166,40 @@ def test_an_interrupted_diagnosis_goes_on(subject, traced, toy_queries, tmp_path
         intervene(subject, toy_queries, traced, [1], SETTINGS, tmp_path / "b", timesteps=3, **QUIET)
     again = intervene(subject, toy_queries, traced, [1], SETTINGS, tmp_path / "b", timesteps=3, **QUIET)
     assert len(asked) == 3  # the first checkpoint was not taken again
-    np.testing.assert_array_equal(again.as_if["retrac"], whole.as_if["retrac"])
+    np.testing.assert_array_equal(again.scores["retrac"], whole.scores["retrac"])
 
 
 def test_a_diagnosis_has_a_row_for_each_method_with_gradients(subject, traced, toy_queries, tmp_path):
     others = trace(subject, toy_queries, [GRAD_DOT, PIXELS], SETTINGS, tmp_path, **QUIET)
     everything = [*traced, *others.values()]
-    table = diagnose(subject, toy_queries, everything, SETTINGS, tmp_path, count=2, timesteps=3, k=2, **QUIET)
-    assert [row[0] for row in table["rows"]] == ["tracin", "retrac", "grad-dot"]
-    tracin, _, gridded = table["rows"]
+    tables = diagnose(subject, toy_queries, everything, SETTINGS, tmp_path, count=2, timesteps=3, k=2, **QUIET)
+    assert [row[0] for row in tables["bias"]["rows"]] == ["tracin", "retrac", "grad-dot"]
+    tracin, _, gridded = tables["bias"]["rows"]
     assert tracin[1] == pytest.approx(np.median(correlations(traced[0]).with_norm))
-    assert all(value is not None for value in tracin) and gridded[2:] == [None] * 5
-    assert any("No intervention for grad-dot" in note for note in table["notes"])
+    assert tracin[2] is not None and gridded[2] is None
+    counts = np.bincount(traced[0].top_rows(2).ravel())
+    assert tracin[3] == (counts == 3).sum()  # three queries, and no fewer than three make it general
+    assert any("No intervention for grad-dot" in note for note in tables["bias"]["notes"])
+    assert [row[:2] for row in tables["intervention"]["rows"]] == [
+        [method, f"{where}"]
+        for method in ("tracin", "retrac")
+        for where in ("its own t", "t of longest gradient", "t of shortest gradient")
+    ]
+    record = json.loads((tmp_path / "evaluation" / "bias.json").read_text())
+    row = subject.train.rows([record["samples"][0]["id"]])[0]
+    mean_rank = np.mean(1 + (traced[0].values > traced[0].values[:, [row]]).sum(axis=1))
+    assert record["methods"][0]["intervention"][0]["trained"]["rank"] == mean_rank
+    moves = [e["longest"]["rank"] - e["trained"]["rank"] for e in record["methods"][0]["intervention"]]
+    half = 12.7062 * abs(moves[0] - moves[1]) / 2  # Student's t with one degree of freedom
+    assert tables["intervention"]["rows"][1][3:6] == pytest.approx(
+        [np.mean(moves), np.mean(moves) - half, np.mean(moves) + half], rel=1e-4
+    )
+    assert len(tables["norm_curves"]["rows"]) == len(subject.checkpoints)
+    curves = np.array([s["checkpoints"][-1]["norms"] for s in record["samples"]])
+    assert tables["norm_curves"]["rows"][-1][-1] == pytest.approx(np.median(curves.max(1) / curves.min(1)))
+    assert (tmp_path / "evaluation" / "intervention.md").read_text().startswith("| method | trained at | mean rank |")
     no_more = diagnose(subject, toy_queries, everything, None, tmp_path, k=2, **QUIET)
-    assert len(no_more["columns"]) == 3
+    assert list(no_more) == ["bias"]
     with pytest.raises(ScoresError, match="None of these scores has gradients"):
         diagnose(subject, toy_queries, [others["pixels"]], SETTINGS, tmp_path, **QUIET)
     with pytest.raises(ConfigError, match="k must be above 0"):

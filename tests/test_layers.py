@@ -118,6 +118,8 @@ LAYER_OF = {
     # views: read only
     "report": "views",
     "_plots": "views",
+    "_bias_page": "views",
+    "_page_text": "views",
     "_pictures": "views",
     "evidence": "views",
     "explorer": "views",

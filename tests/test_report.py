@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -344,14 +343,12 @@ class TestEdgeCases:
 
 
 class TestScale:
-    def test_a_usual_run_is_small_and_fast(self, tmp_path: Path):
+    def test_the_page_of_a_usual_run_is_small(self, tmp_path: Path):
         train, queries = make_images(1000, "train", size=32), make_images(16, "query", size=32)
         scores = [make_scores(train, queries), make_scores(train, queries, "ReTrac", seed=1)]
-        start = time.perf_counter()
         path = write_report(
             tmp_path / "r.html", title="r", scores=scores, train=train, queries=queries, settings=SETTINGS
         )
-        assert time.perf_counter() - start < 5
         # White noise does not compress: 300 pictures of 3 KiB, and as much again for all the rest.
         assert path.stat().st_size < 3e6
 

@@ -112,7 +112,7 @@ def diagnose(
     /,
     *,
     samples: tuple[str, ...] = (),
-    count: int = 3,
+    count: int = 20,
     timesteps: int = 100,
     k: int = 10,
     data: str | None = None,
@@ -120,9 +120,10 @@ def diagnose(
 ) -> None:
     """Say how far scores follow the timesteps at which images happened to be trained, instead of what is in the images.
 
-    Of what was traced last: correlations of scores with gradient norms and trained timesteps; and the experiment of the
-    ReTrac paper: some images are scored as if they had been trained at the timestep where their gradient is longest,
-    which costs as many passes as tracing the queries did. Norm curves and histograms are in evaluation/bias.json.
+    Of what was traced last: correlations of scores with gradient norms and trained timesteps; lengths of gradients by
+    timestep; and the experiment of the ReTrac paper: some images are scored as if they had been trained at the timestep
+    where their gradient is longest, or shortest, which costs a little more passes than tracing the queries did. `whence
+    report`, run afterwards, shows all of it as plots; the figures are in evaluation/bias.json.
 
     Args:
         run: A run with scores.
@@ -131,12 +132,12 @@ def diagnose(
         timesteps: Points of a norm curve.
         k: Length of a ranking.
         data: Training images, where they were moved.
-        json: Print the table as JSON.
+        json: Print the tables as JSON.
     """
     from whence.opening import open_run
 
-    table = open_run(run, data=data).diagnose(samples=samples, count=count, timesteps=timesteps, k=k)
-    print_tables({str(run / "evaluation" / "bias.md"): table}, json)
+    tables = open_run(run, data=data).diagnose(samples=samples, count=count, timesteps=timesteps, k=k)
+    print_tables({str(run / "evaluation" / f"{name}.md"): table for name, table in tables.items()}, json)
 
 
 def _query_sets(queries: Sequence[str]) -> dict[str, list[str]]:

@@ -1,10 +1,11 @@
-"""The three plots of the report as inline SVG, drawn by hand so that a page needs no plotting library.
+"""The plots of the report as inline SVG, drawn by hand so that a page needs no plotting library.
 
 Every plot is one ``<svg>`` whose colours and text sizes come from the page's style sheet through class names: ``all``
-(every training image), ``top`` (those in a top k), ``band`` and ``median`` (queries), ``axis``, ``grid``. They draw
-what they are given and compute nothing but bins, quartiles and tick marks.
+(every training image), ``top`` (those in a top k), ``band`` and ``median`` (queries), ``curve`` (one of many lines),
+``axis``, ``grid``. They draw what they are given and compute nothing but bins, medians, quartiles and tick marks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,9 +97,7 @@ def draw_norms(
     if not heights.size:
         return None
     last = float(np.concatenate([train_timesteps[drawable], query_timesteps]).max())
-    low, high = float(np.log10(heights.min())), float(np.log10(heights.max()))
-    pad = max(0.08, (0.7 - (high - low)) / 2)
-    low, high = low - pad, high + pad
+    low, high = _padded(heights)
     axes = _Axes((0.0, _round_up(last)), (low, high), log_y=True)
     shapes = [axes.frame(_linear_ticks(axes.x_range[1]), _log_ticks(low, high), "timestep", "gradient norm, log scale")]
     if grid.size:
@@ -106,10 +105,7 @@ def draw_norms(
         shapes.append(Markup('<path class="band" d="M{}Z"/>').format(band))
     for kind, mask in (("all", drawable & ~in_top), ("top", drawable & in_top)):
         rows = _thin_out(np.flatnonzero(mask))
-        dots = "".join(
-            f"M{x:.1f} {y:.1f}h0" for x, y in zip(axes.x(train_timesteps[rows]), axes.y(train_norms[rows]), strict=True)
-        )
-        shapes.append(Markup('<path class="dots {}" d="{}"/>').format(kind, dots))
+        shapes.append(_dots(axes, kind, train_timesteps[rows], train_norms[rows]))
     if grid.size:
         shapes.append(Markup('<path class="median" d="M{}"/>').format(_points(axes, grid, quartiles[1])))
     return _svg(shapes, f"{name}: gradient norm against timestep")
@@ -136,9 +132,15 @@ def draw_timesteps(
         An SVG, its heights in percent of all samples and of all places.
     """
     edges = np.linspace(0.0, _round_up(float(all_timesteps.max())), 21)
-    shares = [
-        100 * np.histogram(timesteps, edges)[0] / max(len(timesteps), 1) for timesteps in (all_timesteps, top_timesteps)
-    ]
+    all_counts, top_counts = (np.histogram(timesteps, edges)[0] for timesteps in (all_timesteps, top_timesteps))
+    return draw_counts(edges, all_counts, top_counts, name=name)
+
+
+def draw_counts(
+    edges: Float[ndarray, " edge"], all_counts: Int[ndarray, " bin"], top_counts: Int[ndarray, " bin"], *, name: str
+) -> Markup:
+    """Plot a histogram of trained timesteps as :func:`draw_timesteps` does, from counts."""
+    shares = [100 * counts / max(int(counts.sum()), 1) for counts in (all_counts, top_counts)]
     highest = max(float(np.max(shares)) * 1.08, 1.0)
     axes = _Axes((0.0, float(edges[-1])), (0.0, highest))
     y_ticks = {value: f"{text} %" for value, text in _linear_ticks(highest).items()}
@@ -150,6 +152,108 @@ def draw_timesteps(
         ],
         f"{name}: trained timesteps of all training images and of those in a top k",
     )
+
+
+def draw_curves(
+    timesteps: Float[ndarray, " timestep"],
+    curves: Float[ndarray, "curve timestep"],
+    marks: Float[ndarray, "mark xy"],
+    *,
+    until: float,
+    name: str,
+) -> Markup | None:
+    """Plot gradient norms against timesteps, a line for each curve, the last one strong.
+
+    Args:
+        timesteps: Points of every curve.
+        curves: Norms; NaN or 0: leave the point out.
+        marks: Timestep and norm of dots.
+        until: Where the axis of timesteps ends.
+        name: What the plot shows, for readers that do not see it.
+
+    Returns:
+        An SVG; None where nothing can be drawn.
+    """
+    curves = np.where(np.isfinite(curves) & (curves > 0), curves, np.nan)
+    marks = marks[np.isfinite(marks).all(axis=1) & (marks[:, 1] > 0)]
+    heights = np.concatenate([curves[~np.isnan(curves)], marks[:, 1]])
+    if not heights.size:
+        return None
+    low, high = _padded(heights)
+    axes = _Axes((0.0, _round_up(until)), (low, high), log_y=True)
+    shapes = [axes.frame(_linear_ticks(axes.x_range[1]), _log_ticks(low, high), "timestep", "gradient norm, log scale")]
+    for number, curve in enumerate(curves):
+        drawn = ~np.isnan(curve)
+        if drawn.any():
+            kind = "median" if number == len(curves) - 1 else "curve"
+            points = _points(axes, timesteps[drawn], curve[drawn])
+            shapes.append(Markup('<path class="{}" d="M{}"/>').format(kind, points))
+    shapes.append(_dots(axes, "top", marks[:, 0], marks[:, 1]))
+    return _svg(shapes, name)
+
+
+def draw_sizes(
+    places: Float[ndarray, " train"],
+    sizes: Float[ndarray, " train"],
+    in_top: Bool[ndarray, " train"],
+    *,
+    x_label: str,
+    name: str,
+) -> Markup | None:
+    """Plot sizes of scores against how images were trained, a dot an image, with the median of every tenth of them.
+
+    Args:
+        places: Norm or timestep of each image; NaN: leave it out.
+        sizes: Mean |score| as a share of the query's strongest; 0: leave it out.
+        in_top: True where the image is in the top k of some query.
+        x_label: What ``places`` are.
+        name: What the plot shows, for readers that do not see it.
+
+    Returns:
+        An SVG; None where nothing can be drawn.
+    """
+    drawn = np.isfinite(places) & np.isfinite(sizes) & (sizes > 0)
+    if not drawn.any():
+        return None
+    places, sizes, in_top = places[drawn], sizes[drawn], in_top[drawn]
+    low, high = _padded(sizes)
+    left, right = float(places.min()), float(places.max())
+    pad = 0.04 * (right - left) or 0.04 * right or 1.0
+    axes = _Axes((max(left - pad, 0.0), right + pad), (low, high), log_y=True)
+    x_ticks = _linear_ticks(axes.x_range[1], axes.x_range[0])
+    shapes = [axes.frame(x_ticks, _log_ticks(low, high), x_label, "mean |score| / strongest, log scale")]
+    for kind, mask in (("all", ~in_top), ("top", in_top)):
+        rows = _thin_out(np.flatnonzero(mask))
+        shapes.append(_dots(axes, kind, places[rows], sizes[rows]))
+    tenths = [part for part in np.array_split(np.argsort(places, kind="stable"), 10) if len(part)]
+    medians = np.array([(np.median(places[part]), np.median(sizes[part])) for part in tenths])
+    shapes.append(Markup('<path class="median" d="M{}"/>').format(_points(axes, medians[:, 0], medians[:, 1])))
+    return _svg(shapes, name)
+
+
+def draw_moves(ranks: Float[ndarray, "way sample"], labels: Sequence[str], num_train: int, *, name: str) -> Markup:
+    """Plot mean ranks of samples that were moved, a line for each, first place on top; strong: their median.
+
+    Args:
+        ranks: From 1 to ``num_train``; ways from left to right.
+        labels: What each way is.
+        num_train: Number of training images; a dashed line marks what chance gives.
+        name: What the plot shows, for readers that do not see it.
+
+    Returns:
+        An SVG.
+    """
+    axes = _Axes((-0.4, len(labels) - 0.6), (-float(num_train), -1.0))
+    y_ticks = {-rank: f"{rank:,.0f}" for rank in (1.0, *_linear_ticks(float(num_train))) if rank}
+    ways = np.arange(len(labels))
+    shapes = [axes.frame({float(way): label for way, label in enumerate(labels)}, y_ticks, "", "mean rank")]
+    chance = np.full(2, -(num_train + 1) / 2)
+    shapes.append(Markup('<path class="chance" d="M{}"/>').format(_points(axes, np.array(axes.x_range), chance)))
+    for of_sample in ranks.T:
+        shapes.append(Markup('<path class="curve" d="M{}"/>').format(_points(axes, ways, -of_sample)))
+    middle = np.median(ranks, axis=1)
+    shapes.append(Markup('<path class="median" d="M{}"/>').format(_points(axes, ways, -middle)))
+    return _svg([*shapes, _dots(axes, "top", ways, -middle)], name)
 
 
 def draw_scores(all_scores: Float[ndarray, " pair"], top_scores: Float[ndarray, " place"], *, name: str) -> Markup:
@@ -188,6 +292,18 @@ def _svg(shapes: list[Markup], title: str) -> Markup:
     return start.format(_WIDTH, _HEIGHT, title) + Markup("").join(shapes) + Markup("</svg>")
 
 
+def _padded(heights: ndarray) -> tuple[float, float]:
+    """Give the powers of ten of a logarithmic axis: some room at both ends, and no less than two thirds of a decade."""
+    low, high = float(np.log10(heights.min())), float(np.log10(heights.max()))
+    pad = max(0.08, (0.7 - (high - low)) / 2)
+    return low - pad, high + pad
+
+
+def _dots(axes: _Axes, kind: str, x_values: ndarray, y_values: ndarray) -> Markup:
+    dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in zip(axes.x(x_values), axes.y(y_values), strict=True))
+    return Markup('<path class="dots {}" d="{}"/>').format(kind, dots)
+
+
 def _points(axes: _Axes, x_values: ndarray, y_values: ndarray) -> str:
     return "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(axes.x(x_values), axes.y(y_values), strict=True))
 
@@ -222,11 +338,13 @@ def _round_up(value: float) -> float:
     return max(float(np.ceil(value / unit) * unit), 1.0)
 
 
-def _linear_ticks(highest: float) -> _Ticks:
-    """Label 0, ..., up to ``highest`` with three to six round numbers."""
-    unit = 10.0 ** np.floor(np.log10(highest))
-    step = next(size * unit for size in (0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 2.5, 5.0) if highest / (size * unit) <= 5)
-    return {float(value): f"{value:g}" for value in np.arange(0, highest * 1.0001, step)}
+def _linear_ticks(highest: float, lowest: float = 0.0) -> _Ticks:
+    """Label round numbers from ``lowest`` to ``highest``: from zero, three to six."""
+    span = highest - lowest
+    unit = 10.0 ** np.floor(np.log10(span))
+    step = next(size * unit for size in (0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 2.5, 5.0) if span / (size * unit) <= 5)
+    first = int(np.ceil(lowest / step - 1e-9)) * step  # no minus before a zero
+    return {float(value): f"{value:g}" for value in np.arange(first, lowest + span * 1.0001, step)}
 
 
 def _log_ticks(low: float, high: float) -> _Ticks:

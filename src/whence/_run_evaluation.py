@@ -12,7 +12,7 @@ from whence.arguments import Images
 from whence.comparison import compare, write_table
 from whence.config import EvaluationSettings, RetrainingSettings
 from whence.data import ImageData
-from whence.diagnosis import diagnose
+from whence.diagnosis import diagnose, read_diagnosis
 from whence.duplicates import NEAR_DISTANCE
 from whence.errors import ConfigError
 from whence.ground_truth import GroundTruth
@@ -127,12 +127,12 @@ class RunEvaluation(RunFolder):
         self,
         *,
         samples: Sequence[str] = (),
-        count: int = 3,
+        count: int = 20,
         timesteps: int = 100,
         k: int = 10,
         queries: ImageData | None = None,
         show_progress: bool = True,
-    ) -> dict[str, Any]:
+    ) -> dict[str, dict[str, Any]]:
         """Say how far the scores of the last trace follow the timesteps of training; see :mod:`whence.bias`.
 
         Args:
@@ -144,7 +144,8 @@ class RunEvaluation(RunFolder):
             show_progress: Show a progress bar.
 
         Returns:
-            A table, one row per method; ``evaluation/bias.json`` has all that it is made of.
+            Tables by name, as :func:`whence.diagnosis.diagnose` gives them; ``evaluation/bias.json`` has all that they
+            are made of, and :meth:`report` shows it.
         """
         scores, opened, used = self.load_scores(queries)
         return diagnose(
@@ -170,7 +171,7 @@ class RunEvaluation(RunFolder):
         scores: Sequence[Scores] = (),
         k: int = 10,
     ) -> Path:
-        """Write ``report/index.html`` about what was traced last.
+        """Write ``report/index.html`` about what was traced last; with the diagnosis, where :meth:`diagnose` made one.
 
         Args:
             queries: The queries, where they were given to :meth:`trace` as opened images.
@@ -206,6 +207,7 @@ class RunEvaluation(RunFolder):
             queries=opened,
             summary=summary or table,
             settings=self.settings() | {"trace": settings},
+            diagnosis=read_diagnosis(self.folder),
             k=k,
         )
         if table is not None:

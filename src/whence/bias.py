@@ -9,12 +9,13 @@ arXiv:2401.09031). Four views of that, from scores that replay training::
     histogram       trained timesteps of the samples in a top k, beside those of all
     norm curve      length of one sample's gradient against timestep, with the noise it was trained with, per checkpoint
     intervention    the sample is scored as if it had been trained at the timestep where its curve is highest, all else
-                    as it was: its rank over queries, before and after
+                    as it was: its rank over queries, before and after; and, to compare, where the curve is lowest
 
 Over several checkpoints, a sample's length and timestep are means weighted as the checkpoints are in the scores. The
 intervention takes queries' gradients again, as many sample-passes as their trace took; the rest costs next to nothing.
 """
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int, Int64
+from jaxtyping import Float, Float64, Int, Int64
 from numpy import ndarray
 
 from whence._array_files import read_arrays, write_arrays
@@ -45,6 +46,9 @@ from whence.subject import Subject
 
 BINS = 20
 """Bars of a histogram of timesteps."""
+
+WAYS = ("trained", "longest", "shortest")
+"""Where a sample is trained in the intervention: where it was, where its gradient is longest, where it is shortest."""
 
 AGREES_WITHIN = 1e-2
 """What a score may differ by from the same taken again, of the query's strongest: the rounding of half precision."""
@@ -73,7 +77,7 @@ class TimestepHistogram:
 
 @dataclass(frozen=True)
 class Intervention:
-    """Norm curves of training samples, and their scores as trained, and as if trained where the curve is highest."""
+    """Norm curves of training samples, and their scores as trained, and as if trained at the ends of the curve."""
 
     ids: tuple[str, ...]
     timesteps: Int64[ndarray, " timestep"]
@@ -82,13 +86,11 @@ class Intervention:
     trained_timesteps: Int64[ndarray, "checkpoint sample"]
     """-1 where it was not visited."""
     trained_norms: Float64[ndarray, "checkpoint sample"]
-    as_trained: dict[str, Float64[ndarray, "query sample"]]
-    """Scores by method."""
-    as_if: dict[str, Float64[ndarray, "query sample"]]
-    """Scores by method, at the timesteps with the longest gradients."""
+    scores: dict[str, Float64[ndarray, "way query sample"]]
+    """By method; in the order of ``WAYS``."""
 
     @property
-    def largest_timesteps(self) -> Int64[ndarray, "checkpoint sample"]:
+    def longest_timesteps(self) -> Int64[ndarray, "checkpoint sample"]:
         """Timestep at which each curve is highest; -1 where there is none."""
         visited = self.trained_timesteps >= 0
         return np.where(visited, self.timesteps[np.where(visited[..., None], self.curves, 0).argmax(axis=-1)], -1)
@@ -175,14 +177,23 @@ def norm_by_timestep(scores: Scores) -> tuple[Float64[ndarray, " edge"], Float64
 
 
 def ranks_of(
-    values: Float64[ndarray, "query sample"], scores: Scores, rows: Sequence[int]
+    values: Float64[ndarray, "query sample"], everything: Float[ndarray, "query train"], rows: Sequence[int]
 ) -> Int[ndarray, "query sample"]:
     """Rank, from 1, that samples would have among all others with these scores in place of their own."""
     ranks = np.empty(values.shape, dtype=np.int64)
     for column, row in enumerate(rows):
-        others = np.delete(scores.values, row, axis=1)
+        others = np.delete(everything, row, axis=1)
         ranks[:, column] = 1 + (others > values[:, column : column + 1]).sum(axis=1)
     return ranks
+
+
+def generally_influential_from(num_query: int, num_train: int, k: int) -> int:
+    """Say in how many top k a sample is generally influential.
+
+    Returns:
+        A quarter of the queries, twice what chance gives, or 3, whichever is most.
+    """
+    return math.ceil(max(3, num_query / 4, 2 * num_query * k / num_train))
 
 
 def choose_samples(scores: Scores, count: int, seed: int = 0) -> list[int]:
@@ -216,7 +227,7 @@ def intervene(
     timesteps: int = 100,
     show_progress: bool = True,
 ) -> Intervention:
-    """Score samples as if they had been trained at the timestep where their gradients are longest.
+    """Score samples as if they had been trained at the timestep where their gradients are longest, or shortest.
 
     Noise, flip, weight and checkpoint stay as they were; only the timestep of each visit changes. The score as it was
     trained is taken again beside, and must be the one in ``scores``.
@@ -248,7 +259,7 @@ def intervene(
             "same grid of queries."
         )
     (grid,) = grids
-    key = sha256_of_json([[one.content_hash for one in scores], list(rows), timesteps])[:16]
+    key = sha256_of_json([WAYS, [one.content_hash for one in scores], list(rows), timesteps])[:16]
     work = _Intervention(subject, queries, list(rows), grid, settings, timesteps)
     parts = []
     with (
@@ -264,7 +275,7 @@ def intervene(
             parts.append(read_arrays(path))
         found = _join(parts, subject, rows, scores, work.timesteps)
         for one in scores:
-            _check_same(one, found.as_trained[one.method], rows)
+            _check_same(one, found.scores[one.method][0], rows)
         shutil.rmtree(cache / f"diagnose-{key}", ignore_errors=True)
     return found
 
@@ -310,7 +321,7 @@ class _Intervention:
     @property
     def num_passes(self) -> int:
         assert self.grid is not None  # is_replayed
-        per_query = self.grid.timesteps * self.grid.draws + 2 * len(self.rows)
+        per_query = self.grid.timesteps * self.grid.draws + len(WAYS) * len(self.rows)
         per_checkpoint = len(self.rows) * self.num_timesteps + len(self.queries) * per_query
         return len(self.subject.checkpoints) * per_checkpoint
 
@@ -321,8 +332,10 @@ class _Intervention:
         visits = self.subject.replays.events(after, checkpoint.step, Replay("last"), "learning_rate")
         trained = visits.take(np.isin(visits.row, self.rows))
         curves = self._curves(source, trained, update)
-        as_if = replace_timesteps(trained, self.timesteps[curves.argmax(axis=1)])
-        products, norms = np.zeros((2, len(self.queries), len(trained), 2)), np.zeros((2, len(trained)))
+        ends = [self.timesteps[curves.argmax(axis=1)], self.timesteps[curves.argmin(axis=1)]]
+        every_way = trained.take(np.tile(np.arange(len(trained)), len(WAYS)))
+        every_way = replace_timesteps(every_way, np.concatenate([trained.timestep, *ends]))
+        products, norms = np.zeros((len(self.queries), len(every_way), 2)), np.zeros(len(every_way))
         for query in range(len(self.queries)) if len(trained) else ():
             (made,) = source.grid_vectors(
                 self.queries,
@@ -335,15 +348,14 @@ class _Intervention:
                 seed=self.settings.seed,
                 update=update,
             )
-            for which, table in enumerate((trained, as_if)):
-                products[which, query], norms[which] = source.dots(table, self.subject.train, made.vectors, update)
+            products[query], norms = source.dots(every_way, self.subject.train, made.vectors, update)
         return {
             "row": trained.row,
             "timestep": trained.timestep,
             "weight": trained.weight,
             "curves": curves,
-            "products": products,
-            "norms": norms,
+            "products": products.reshape(len(self.queries), len(WAYS), len(trained), 2).swapaxes(0, 1),
+            "norms": norms.reshape(len(WAYS), len(trained)),
         }
 
     def _curves(self, source: GradientSource, trained: EventTable, update: Any) -> Float64[ndarray, "sample timestep"]:
@@ -369,20 +381,19 @@ def _join(
     num_query, shape = len(scores[0].query_ids), (len(parts), len(rows))
     curves = np.full((*shape, len(timesteps)), np.nan)
     trained_timesteps, trained_norms = np.full(shape, -1, dtype=np.int64), np.full(shape, np.nan)
-    totals = {one.method: np.zeros((2, num_query, len(rows))) for one in scores}
+    totals = {one.method: np.zeros((len(WAYS), num_query, len(rows))) for one in scores}
     for number, part in enumerate(parts):
         place = np.array([list(rows).index(row) for row in part["row"]], dtype=np.int64)
         curves[number, place] = part["curves"]
         trained_timesteps[number, place], trained_norms[number, place] = part["timestep"], part["norms"][0]
         for one in scores:
             retrac = one.details["method"]["train"]["unit"] == "event"
-            factor = part["weight"] * (inverse(part["norms"]) if retrac else 1.0)  # (2, sample) or (sample,)
+            factor = part["weight"] * (inverse(part["norms"]) if retrac else 1.0)  # (way, sample) or (sample,)
             totals[one.method][:, :, place] += (
                 np.broadcast_to(factor, part["norms"].shape)[:, None] * (part["products"][..., int(retrac)])
             )
-    as_trained, as_if = ({name: total[which] for name, total in totals.items()} for which in (0, 1))
     ids = tuple(subject.train.ids[row] for row in rows)
-    return Intervention(ids, timesteps, curves, trained_timesteps, trained_norms, as_trained, as_if)
+    return Intervention(ids, timesteps, curves, trained_timesteps, trained_norms, totals)
 
 
 def _check_same(scores: Scores, again: Float64[ndarray, "query sample"], rows: Sequence[int]) -> None:

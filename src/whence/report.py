@@ -5,20 +5,33 @@ script. This module turns scores into what the template ``report.html`` shows; i
 computes no scores. How the page looks is in ``report.css``, plots are in ``_plots.py``.
 """
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from numpy import ndarray
 
+from whence._bias_page import show_diagnosis
 from whence._files import publish_file
+from whence._page_text import (
+    aligned_number,
+    caption_of,
+    common_exponent,
+    dig,
+    flatten,
+    format_summary,
+    short_number,
+    shorten,
+    superscript,
+    text_of,
+    tops,
+)
 from whence._pictures import MAX_PIXELS, Pictures
 from whence._plots import MAX_DOTS, draw_norms, draw_scores, draw_timesteps, drawable_norms
 from whence.data import ImageData
@@ -40,6 +53,7 @@ def write_report(
     queries: ImageData,
     summary: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any],
+    diagnosis: Mapping[str, Any] | None = None,
     k: int = 10,
 ) -> Path:
     """Write the report page of one run.
@@ -52,6 +66,8 @@ def write_report(
         queries: The query images, in the order of the scores.
         summary: A table computed elsewhere: ``columns``, ``rows``, and optionally ``caption`` and ``notes``.
         settings: What the run was made with; nested mappings are shown with dots.
+        diagnosis: The content of ``evaluation/bias.json``, as ``whence diagnose`` writes it; shown where it is of these
+            scores.
         k: How many proponents to show for each query; fewer where the training set is smaller.
 
     Returns:
@@ -71,7 +87,7 @@ def write_report(
         _check_fingerprint(one, "train", train)
         _check_fingerprint(one, "queries", queries)
         _check_finite(one)
-    html = _render(_assemble(title, scores, train, queries, summary, settings, k))
+    html = _render(_assemble(title, scores, train, queries, summary, settings, diagnosis, k))
     with publish_file(path) as partial:
         partial.write_text(html, encoding="utf-8")
     return path
@@ -96,7 +112,7 @@ def _check_ids(scores: Scores, side: str, scored: Sequence[str], given: Sequence
 
 def _check_fingerprint(scores: Scores, side: Literal["train", "queries"], given: ImageData) -> None:
     """Refuse images that are not those scored, where the scores tell: scores made elsewhere may not."""
-    want = _dig(scores.details, (side, "fingerprint"))
+    want = dig(scores.details, (side, "fingerprint"))
     if want is not None and want != given.fingerprint:
         name = {"train": "training", "queries": "query"}[side]
         raise ScoresError(
@@ -198,10 +214,12 @@ def _assemble(
     queries: ImageData,
     summary: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
+    diagnosis: Mapping[str, Any] | None,
     k: int,
 ) -> dict[str, Any]:
     k = min(k, len(train.ids))
     methods = _count_tops(scores, k)
+    bias = show_diagnosis(diagnosis, {method.name: method.scores for method in methods})
     pictures = Pictures()
     cards = [_make_card(row, methods, train, queries, pictures) for row in range(min(len(queries.ids), MAX_CARDS))]
     influential = [_make_influential(method, train, pictures) for method in methods]
@@ -210,17 +228,18 @@ def _assemble(
         "css": Markup(files("whence").joinpath("report.css").read_text(encoding="utf-8")),
         "facts": _collect_facts(scores, settings),
         "notes": _group_notes(methods),
-        "summary": _format_summary(summary) if summary else None,
+        "summary": format_summary(summary) if summary else None,
         "cards": cards,
         "num_queries": len(queries.ids),
         "num_train": len(train.ids),
-        "tops": _tops(k),
+        "tops": tops(k),
         "k": k,
         "columns_wide": {1: 1, 2: 2, 4: 2}.get(len(methods), 3),
         "phase_legends": _collect_phase_legends(methods),
         "influential": influential,
-        "plots": [_make_plots(method) for method in methods],
-        "settings": _flatten(settings),
+        "plots": [_make_plots(method, method.name in bias["methods"]) for method in methods],
+        "bias": bias,
+        "settings": flatten(settings),
         "declared_columns": ["declaration", *(method.name for method in methods)],
         "declarations": _compare_declarations(methods),
         "data": [_describe_data("training images", train), _describe_data("queries", queries)],
@@ -231,10 +250,15 @@ def _assemble(
 
 
 def _render(page: dict[str, Any]) -> str:
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters["shorten"] = _shorten
-    template = environment.from_string(files("whence").joinpath("report.html").read_text(encoding="utf-8"))
-    return template.render(page)
+    environment = Environment(
+        loader=FunctionLoader(lambda name: files("whence").joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["shorten"] = shorten
+    return environment.get_template("report.html").render(page)
 
 
 def _count_tops(scores: Sequence[Scores], k: int) -> list[_Method]:
@@ -260,8 +284,8 @@ def _make_card(
         number=query_row + 1,
         picture=pictures.name(queries, query_row),
         query_id=queries.ids[query_row],
-        label=_text_of(queries.labels, query_row),
-        caption=_caption_of(queries, query_row),
+        label=text_of(queries.labels, query_row),
+        caption=caption_of(queries, query_row),
         columns=[_make_column(method, query_row, train, pictures) for method in methods],
     )
 
@@ -271,7 +295,7 @@ def _make_column(method: _Method, query_row: int, train: ImageData, pictures: Pi
     top = method.top[query_row].tolist()
     bottom = [entry.train_row for entry in scores.top(query_row, MAX_OPPONENTS, proponents=False)]
     bottom = [row for row in bottom if row not in top]
-    exponent = _common_exponent(float(np.abs(values).max()))
+    exponent = common_exponent(float(np.abs(values).max()))
     proponents, opponents = (
         [_make_hit(method, query_row, row, rank, exponent, train, pictures) for rank, row in enumerate(rows, start=1)]
         for rows in (top, bottom)
@@ -281,7 +305,7 @@ def _make_column(method: _Method, query_row: int, train: ImageData, pictures: Pi
         method=method.name,
         reliability=reliability,
         reliability_hint=hint,
-        unit=f"scores × 10{_superscript(exponent)}" if exponent else "",
+        unit=f"scores × 10{superscript(exponent)}" if exponent else "",
         has_timesteps=scores.train_timesteps is not None,
         top_title=_title_top(values, len(top)),
         proponents=proponents,
@@ -309,10 +333,10 @@ def _make_hit(
         rank=rank,
         picture=pictures.name(train, row),
         sample_id=train.ids[row],
-        label=_text_of(train.labels, row),
-        caption=_caption_of(train, row),
-        score=_number(value / 10.0**exponent, strongest / 10.0**exponent),
-        exact_score=_short(value, 6),
+        label=text_of(train.labels, row),
+        caption=caption_of(train, row),
+        score=aligned_number(value / 10.0**exponent, strongest / 10.0**exponent),
+        exact_score=short_number(value, 6),
         bar=round(100 * abs(value) / strongest, 1) if strongest else 0.0,
         timestep=timestep,
         history=history,
@@ -428,7 +452,7 @@ def _make_entry(method: _Method, row: int, train: ImageData, pictures: Pictures)
     return {
         "picture": pictures.name(train, row),
         "sample_id": train.ids[row],
-        "label": _text_of(train.labels, row),
+        "label": text_of(train.labels, row),
         "count": count,
         "bar": round(100 * count / len(method.ranked_top), 1),
         "timestep": timestep,
@@ -439,12 +463,13 @@ def _make_entry(method: _Method, row: int, train: ImageData, pictures: Pictures)
 # --- Plots ---
 
 
-def _make_plots(method: _Method) -> dict[str, Any]:
+def _make_plots(method: _Method, is_diagnosed: bool) -> dict[str, Any]:
+    """Draw what every method has; a diagnosis has the timesteps of all checkpoints, and its own plot of them."""
     scores = method.scores
     in_top = method.counts > 0
     norms, left_out = _plot_norms(method, in_top)
     spread = None
-    if scores.train_timesteps is not None:
+    if scores.train_timesteps is not None and not is_diagnosed:
         last = _last_timesteps(scores.train_timesteps)
         places = last[method.ranked_top.ravel()]
         if (last >= 0).any():
@@ -459,7 +484,7 @@ def _make_plots(method: _Method) -> dict[str, Any]:
         "thinned": norms is not None and scores.train_timesteps is not None and len(scores.train_ids) > MAX_DOTS,
         "timesteps": spread,
         "scores": draw_scores(relative.ravel(), top.ravel(), name=method.name),
-        "range": f"{_short(float(scores.values.min()))} to {_short(float(scores.values.max()))}",
+        "range": f"{short_number(float(scores.values.min()))} to {short_number(float(scores.values.max()))}",
     }
 
 
@@ -505,18 +530,9 @@ def _collect_facts(scores: Sequence[Scores], settings: Mapping[str, Any]) -> lis
 
 def _find_draws(scores: Sequence[Scores], settings: Mapping[str, Any]) -> int | None:
     """Read the number of noise draws from the declaration of a method that has a grid, or from the settings."""
-    declared = [_dig(one.details, ("method", "query", "events", "draws")) for one in scores]
-    found = [*declared, _dig(settings, ("draws",)), _dig(settings, ("trace", "draws"))]
+    declared = [dig(one.details, ("method", "query", "events", "draws")) for one in scores]
+    found = [*declared, dig(settings, ("draws",)), dig(settings, ("trace", "draws"))]
     return next((draws for draws in found if isinstance(draws, int)), None)
-
-
-def _dig(value: Any, keys: tuple[str, ...]) -> Any:
-    for key in keys:
-        value = _as_mapping(value)
-        if value is None:
-            return None
-        value = value.get(key)
-    return value
 
 
 def _group_notes(methods: list[_Method]) -> list[tuple[str, str]]:
@@ -528,63 +544,9 @@ def _group_notes(methods: list[_Method]) -> list[tuple[str, str]]:
     return [(note, "" if len(names) == len(methods) else ", ".join(names)) for note, names in users.items()]
 
 
-def _format_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
-    rows = [list(row) for row in summary["rows"]]
-    numeric = [
-        bool(rows) and all(isinstance(row[place], (int, float, np.number, type(None))) for row in rows)
-        for place in range(len(summary["columns"]))
-    ]
-    return {
-        "columns": list(zip(summary["columns"], numeric, strict=True)),
-        "rows": [[(_cell(value), right) for value, right in zip(row, numeric, strict=True)] for row in rows],
-        "caption": summary.get("caption") or "",
-        "notes": summary.get("notes") or [],
-    }
-
-
-def _cell(value: Any) -> str:
-    if value is None or (isinstance(value, (float, np.floating)) and np.isnan(value)):
-        return "–"
-    if isinstance(value, (bool, np.bool_)):
-        return "yes" if value else "no"
-    if isinstance(value, (int, np.integer)):
-        return f"{value:,}".replace("-", "−")
-    return _short(float(value)) if isinstance(value, (float, np.floating)) else str(value)
-
-
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    mapping = _as_mapping(value)
-    if mapping is not None and mapping:
-        return [
-            row for key, inner in mapping.items() for row in _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-        ]
-    return [(prefix, _value_text(value))] if prefix else []
-
-
-def _value_text(value: Any) -> str:
-    """Show a setting in one line: long lists and hashes by their beginning."""
-    mapping = _as_mapping(value)
-    if mapping is not None:
-        return ", ".join(f"{key} {_value_text(inner)}" for key, inner in mapping.items()) or "–"
-    if isinstance(value, (list, tuple)):
-        shown = ("; " if any(_as_mapping(item) for item in value) else ", ").join(
-            _value_text(item) for item in value[:8]
-        )
-        return (shown or "–") if len(value) <= 8 else f"{shown}, … ({len(value):,} in all)"
-    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
-        return f"{value[:12]}…"
-    return "–" if value is None else str(value)
-
-
-def _as_mapping(value: Any) -> Mapping[str, Any] | None:
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    return value if isinstance(value, Mapping) else None
-
-
 def _compare_declarations(methods: list[_Method]) -> list[list[str]]:
     """Put what the methods declare side by side: one row a key, one column a method."""
-    declared = [dict(_flatten(_without_notes(method.scores))) for method in methods]
+    declared = [dict(flatten(_without_notes(method.scores))) for method in methods]
     keys = dict.fromkeys(key for one in declared for key in one)
     return [[key, *(one.get(key, "–") for one in declared)] for key in keys]
 
@@ -603,51 +565,6 @@ def _describe_data(name: str, data: ImageData) -> dict[str, str]:
         "size": f"{data.width} × {data.height} pixels, {channels}",
         "fingerprint": str(data.fingerprint),
         "conversions": "; ".join(
-            f"{key}: {value}" for key, value in (_flatten(data.conversions) or [("", data.conversions)]) if value
+            f"{key}: {value}" for key, value in (flatten(data.conversions) or [("", data.conversions)]) if value
         ),
     }
-
-
-# --- Text ---
-
-
-def _caption_of(images: ImageData, row: int) -> str:
-    """Give an image's caption, unless it only repeats the label."""
-    caption = _text_of(images.captions, row)
-    return "" if caption == _text_of(images.labels, row) else caption
-
-
-def _text_of(column: Sequence[str] | None, row: int) -> str:
-    return "" if column is None else column[row]
-
-
-def _tops(k: int) -> str:
-    return "top tens" if k == 10 else f"top {k}s" if k > 1 else "first places"
-
-
-def _shorten(text: str, longest: int = 12) -> str:
-    """Cut the middle out of a long id: its end tells more than its beginning."""
-    tail = (longest - 1) * 2 // 3
-    return text if len(text) <= longest else f"{text[: longest - 1 - tail]}…{text[-tail:]}"
-
-
-def _common_exponent(strongest: float) -> int:
-    """Choose the power of ten that the scores of one query are shown in; 0 where plain numbers are short enough."""
-    if not strongest or 0.01 <= strongest < 10000:
-        return 0
-    return int(np.floor(np.log10(strongest)))
-
-
-def _number(value: float, strongest: float) -> str:
-    """Show three digits of the strongest score, and as many decimals in all others, so that a column lines up."""
-    decimals = max(0, 2 - int(np.floor(np.log10(strongest)))) if strongest else 0
-    return f"{value:,.{min(decimals, 4)}f}".replace("-", "−")
-
-
-def _short(value: float, digits: int = 3) -> str:
-    mantissa, _, power = f"{value:.{digits}g}".replace("-", "−").partition("e")
-    return f"{mantissa} × 10{_superscript(int(power.replace('−', '-')))}" if power else mantissa
-
-
-def _superscript(power: int) -> str:
-    return str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
