@@ -13,7 +13,8 @@ are not done again: kill it, and run it again.
 3. Every method of ``whence methods`` that this model can have, and combinations of them, by ``whence trace``, ``whence
    index`` and ``whence query``, each with its own default damping; ``trak`` and ``d-trak`` also with damping by
    cross-validation over training images. Neither looks at queries or retrained models. Rows called *oracle* do, and are
-   there for comparison: as published, with the best damping of a grid on the very queries that are reported.
+   there for comparison: as published, with the best damping of a grid on the very queries that are reported. LDS of
+   each damping of each method with a ridge stands in ``OUT/dampings.md``.
 4. LDS of the mean loss, with intervals over queries and subsets and the ceiling that the noise of retraining sets;
    *class@10*, the share of the top 10 of validation queries that is of the query's class; sample-passes, seconds and
    stored bytes of each method: ``OUT/table.md`` and ``OUT/table.json``.
@@ -31,7 +32,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,8 @@ class Scored:
     sample_passes: int
     seconds: float
     stored_bytes: int = 0
+    by_damping: Mapping[float, Scores] = field(default_factory=dict)
+    """Scores with other dampings, which are looked at and not reported."""
 
 
 def score_all(
@@ -253,13 +256,15 @@ def _stored(
 
     started = time.perf_counter()
     scores = ask(method)
-    yield Scored(method.name, scores, passes, index_s + time.perf_counter() - started, num_bytes)
+    seconds = index_s + time.perf_counter() - started
+    has_ridge = isinstance(method.precondition, RidgeInverse) and method.checkpoints == "last"
+    tried = {d: ask(replace(method, precondition=RidgeInverse(damping=d))) for d in DAMPINGS} if has_ridge else {}
+    yield Scored(method.name, scores, passes, seconds, num_bytes, tried)
     if method in (D_TRAK, TRAK):
         by_training_images = replace(method, precondition=RidgeInverse(damping="gcv"))
         yield Scored(f"{method.name}, damping by cross-validation", ask(by_training_images), passes, 0.0, num_bytes)
-        tried = [ask(replace(method, precondition=RidgeInverse(damping=damping))) for damping in DAMPINGS]
         for name in sets:
-            best = max(tried, key=lambda one: _lds(one, truth)[name].lds)
+            best = max(tried.values(), key=lambda one: _lds(one, truth)[name].lds)
             yield Scored(f"{method.name} (oracle for {name})", best, passes, 0.0, num_bytes)
 
 
@@ -292,6 +297,7 @@ def write_table(
     What a method cost is kept from the first time: scores that are there cost nothing.
     """
     rows: list[dict[str, Any]] = []
+    dampings: dict[str, dict[float, dict[str, float]]] = {}
     costs_file = out / "costs.json"
     costs: dict[str, dict[str, Any]] = json.loads(costs_file.read_text()) if costs_file.exists() else {}
     labelled = run.open_queries(sets["validation"])
@@ -311,6 +317,13 @@ def write_table(
         ceilings = {result.query_set: result.ceiling.ceiling for result in found.values() if result.ceiling}
         (out / "table.json").write_text(json.dumps({"ceilings": ceilings, "rows": rows}, indent=1) + "\n")
         (out / "table.md").write_text(to_markdown(rows, list(sets), ceilings))
+        if scored.by_damping:
+            dampings[scored.name] = {
+                damping: {name: result.lds for name, result in _lds(one, truth).items()}
+                for damping, one in scored.by_damping.items()
+            }
+            (out / "dampings.json").write_text(json.dumps(dampings, indent=1) + "\n")
+            (out / "dampings.md").write_text("\n".join(dampings_to_markdown(dampings, name) for name in sets))
 
 
 def to_markdown(rows: Sequence[Mapping[str, Any]], sets: Sequence[str], ceilings: Mapping[str, float]) -> str:
@@ -334,6 +347,15 @@ def to_markdown(rows: Sequence[Mapping[str, Any]], sets: Sequence[str], ceilings
         lines.append(f"| {' | '.join(cells)} |")
     limits = [f"{ceilings[name]:.3f}" if name in ceilings else "" for name in sets]
     lines.append(f"| {' | '.join(['ceiling', *limits, *[''] * 5])} |")
+    return "\n".join(lines) + "\n"
+
+
+def dampings_to_markdown(dampings: Mapping[str, Mapping[float, Mapping[str, float]]], name: str) -> str:
+    """Lay out LDS on one set of queries by method and damping."""
+    lines = [f"| LDS, {name} | {' | '.join(f'{d:g}' for d in DAMPINGS)} |", "|" + " --- |" * (1 + len(DAMPINGS))]
+    for method, found in dampings.items():
+        if name in found[DAMPINGS[0]]:
+            lines.append(f"| {method} | {' | '.join(f'{found[d][name]:.3f}' for d in DAMPINGS)} |")
     return "\n".join(lines) + "\n"
 
 

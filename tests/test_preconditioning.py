@@ -238,10 +238,12 @@ def test_cross_validation_is_for_ridge_methods_only(subject, toy_queries, tmp_pa
         trace(subject, toy_queries, [EKFAC], TraceSettings(damping="gcv"), tmp_path, show_progress=False)
 
 
-def test_the_default_is_a_tenth_of_the_mean_eigenvalue(subject, stores, toy_queries, tmp_path):
-    found = ask(subject, stores["loss"], toy_queries, [TRAK], tmp_path, damping=None)["trak"]
+@pytest.mark.parametrize(("method", "default"), [(TRAK, 10.0), (RELATIF, 10.0), (D_TRAK, 0.1), (DAS, 0.1)])
+def test_the_default_damping_depends_on_what_gradients_are_of(method, default, subject, stores, toy_queries, tmp_path):
+    store = stores[method.train.output]
+    found = ask(subject, store, toy_queries, [method], tmp_path, damping=None)[method.name]
     (about,) = found.details["preconditioners"].values()
-    assert about["damping"] == 0.1 and "tried" not in about
+    assert about["damping"] == default and "tried" not in about
     np.testing.assert_array_equal(
-        ask(subject, stores["loss"], toy_queries, [TRAK], tmp_path, damping=0.1)["trak"].values, found.values
+        ask(subject, store, toy_queries, [method], tmp_path, damping=default)[method.name].values, found.values
     )

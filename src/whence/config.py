@@ -189,8 +189,9 @@ class QuerySettings(ComputeSettings):
     phases: int | None = None
     """Bins of query timesteps for which scores are kept apart, from least noise to most. By default 4."""
     damping: float | Literal["gcv"] | None = None
-    """Damping of methods that have one, in multiples of the mean eigenvalue; by default 0.1. gcv: that of trak,
-    journey-trak, d-trak, das and relatif is chosen by generalised cross-validation over training images."""
+    """Damping of methods that have one, in multiples of the mean eigenvalue; by default 10 for trak and its kin of the
+    loss (journey-trak, relatif, renormalised), 0.1 for all others. gcv: that of trak, journey-trak, d-trak, das and
+    relatif is chosen by generalised cross-validation over training images."""
 
 
 @dataclass(frozen=True)

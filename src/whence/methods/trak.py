@@ -15,10 +15,13 @@ TRAK = Method(
     query=GradientPlan(_QUERY_GRID),
     checkpoints="last",
     weights="equal",
-    precondition=RidgeInverse(),
+    precondition=RidgeInverse(damping=10.0),
     source="Park et al. 2023, arXiv:2303.14186",
 )
-"""Ridge regression of the query's mean gradient of the loss on those of all training images."""
+"""Ridge regression of the query's mean gradient of the loss on those of all training images.
+
+Gradients of the loss want a hundred times the damping of those of other outputs (docs/design/0020).
+"""
 
 JOURNEY_TRAK = replace(
     TRAK,
@@ -36,6 +39,7 @@ D_TRAK = replace(
     name="d-trak",
     train=GradientPlan(_GRID, output="squares"),
     query=GradientPlan(_QUERY_GRID, output="squares"),
+    precondition=RidgeInverse(),
     source="Zheng et al. 2024, arXiv:2311.00500",
 )
 """TRAK of the mean square of the network's prediction, which is no loss: that its sign is that of influence is found
