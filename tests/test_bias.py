@@ -1,11 +1,12 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
 from reference import gradient, grid, query_gradients, visits_between
+from whence._run_scores import as_trace_settings
 from whence.attribution import trace
 from whence.bias import (
     choose_samples,
@@ -18,7 +19,7 @@ from whence.bias import (
     trained_as,
 )
 from whence.checkpoints import list_checkpoints, load_model, load_scheduler
-from whence.config import TraceSettings
+from whence.config import QuerySettings, TraceSettings
 from whence.diagnosis import diagnose
 from whence.diffusion.noise import normals
 from whence.errors import ConfigError, RecordError, ScoresError
@@ -204,3 +205,11 @@ def test_a_diagnosis_has_a_row_for_each_method_with_gradients(subject, traced, t
         diagnose(subject, toy_queries, [others["pixels"]], SETTINGS, tmp_path, **QUIET)
     with pytest.raises(ConfigError, match="k must be above 0"):
         diagnose(subject, toy_queries, traced, SETTINGS, tmp_path, k=0, **QUIET)
+
+
+def test_settings_kept_before_one_existed_are_still_those_of_a_trace():
+    used = asdict(TraceSettings(timesteps=7))
+    del used["antithetic"]
+    assert as_trace_settings(used) == TraceSettings(timesteps=7)
+    assert as_trace_settings(asdict(QuerySettings())) is None
+    assert as_trace_settings(used | {"of_a_later_version": 1}) is None

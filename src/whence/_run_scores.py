@@ -122,8 +122,12 @@ def shown_as_one(scores: list[Scores], queries: ImageData) -> tuple[list[Scores]
 
 
 def as_trace_settings(used: Mapping[str, Any]) -> TraceSettings | None:
-    """Bring settings that were kept as JSON back; None where they are of a query to a store."""
-    if set(used) != {field.name for field in fields(TraceSettings)}:
+    """Bring settings that were kept as JSON back; None where they are of a query to a store.
+
+    Settings that did not exist yet when these were kept have their defaults, with which everything is as it was then.
+    """
+    known, of_query = ({field.name for field in fields(kind)} for kind in (TraceSettings, QuerySettings))
+    if not used.keys() - of_query or used.keys() - known:
         return None
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in used.items()}
     return TraceSettings(**values)

@@ -306,7 +306,9 @@ def _notes(record: Mapping[str, Any], scores: Sequence[Scores], replayed: Sequen
         notes.append(f"{', '.join(without)}: training images are on a grid, so they have no trained timestep.")
     others = [one.method for one in scores if not any(one is other for other in replayed)]
     if others:
-        notes.append(f"No intervention for {', '.join(others)}: it is that of tracin and retrac, as traced.")
+        notes.append(
+            f"No intervention for {', '.join(others)}: only for tracin and retrac as `whence trace` makes them."
+        )
     return notes
 
 
