@@ -21,8 +21,8 @@ read once (`traffic of gradients`). In brackets, what the path takes over the se
 """
 
 MEMORY = """\
-The most memory at any time of one run, beyond model, inputs and query vectors, over what a plain pass takes beyond
-model and inputs.
+The most memory at any time of a run, beyond model, inputs and query vectors, over what a plain pass takes beyond model
+and inputs; median of three.
 """
 
 AGREEMENT = """\

@@ -159,7 +159,8 @@ class AbstractProjection(ABC):
         Raises:
             ConfigError: If the projection was not made for this parameter.
         """
-        return self._num_numbers[self._known(name)]
+        found = self._num_numbers.get(name)  # most names are canonical, and each parameter asks several times a pass
+        return self._num_numbers[self._known(name)] if found is None else found
 
     def sides(self, name: str) -> Sides | None:
         """Give the sides of a parameter, to whoever can form the core without the gradient.
@@ -171,9 +172,10 @@ class AbstractProjection(ABC):
         Raises:
             ConfigError: If the projection was not made for this parameter.
         """
-        name = self._known(name)
-        if name not in self._sides:
-            self._sides[name] = self._make_sides(name)
+        if name not in self._sides:  # not met yet, or not canonical
+            name = self._known(name)
+            if name not in self._sides:
+                self._sides[name] = self._make_sides(name)
         return self._sides[name]
 
     def add_core(self, rows: Float[Tensor, "unit width"], name: str, core: Float[Tensor, "unit k_out k_inner"]) -> None:
