@@ -31,6 +31,7 @@ import numpy as np
 from seeds import interval, markdown
 
 import whence
+from whence.evaluation import generally_influential_from
 from whence.retrieval import retrieval_table
 
 PLANTED = "mnist-0"
@@ -84,7 +85,8 @@ def measure(folder: Path) -> dict[str, dict[str, Any]]:
     found = {row[0]: dict(zip(table["columns"], row, strict=True)) for row in table["rows"]}
     for one in scores:
         counts = np.bincount(one.top_rows(10).ravel(), minlength=len(run.train_images))
-        found[one.method][GENERAL] = int((counts >= len(queries) / 4).sum())
+        least = generally_influential_from(len(queries), len(run.train_images), k=10)
+        found[one.method][GENERAL] = int((counts >= least).sum())
     return found
 
 

@@ -11,7 +11,6 @@ from whence.attribution import trace
 from whence.bias import (
     choose_samples,
     correlations,
-    generally_influential_from,
     intervene,
     norm_by_timestep,
     ranks_of,
@@ -23,6 +22,7 @@ from whence.config import QuerySettings, TraceSettings
 from whence.diagnosis import diagnose
 from whence.diffusion.noise import normals
 from whence.errors import ConfigError, RecordError, ScoresError
+from whence.evaluation import generally_influential_from
 from whence.methods import GRAD_DOT, PIXELS, RETRAC, TRACIN
 from whence.record import Record
 from whence.scores import Scores

@@ -15,7 +15,6 @@ Over several checkpoints, a sample's length and timestep are means weighted as t
 intervention takes queries' gradients again, as many sample-passes as their trace took; the rest costs next to nothing.
 """
 
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -185,15 +184,6 @@ def ranks_of(
         others = np.delete(everything, row, axis=1)
         ranks[:, column] = 1 + (others > values[:, column : column + 1]).sum(axis=1)
     return ranks
-
-
-def generally_influential_from(num_query: int, num_train: int, k: int) -> int:
-    """Say in how many top k a sample is generally influential.
-
-    Returns:
-        A quarter of the queries, twice what chance gives, or 3, whichever is most.
-    """
-    return math.ceil(max(3, num_query / 4, 2 * num_query * k / num_train))
 
 
 def choose_samples(scores: Scores, count: int, seed: int = 0) -> list[int]:

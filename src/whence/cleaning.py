@@ -27,12 +27,11 @@ from whence.config import CleaningSettings, Reason
 from whence.data import ImageData
 from whence.duplicates import find_duplicates
 from whence.errors import ConfigError, ScoresError
+from whence.evaluation import generally_influential_from
 from whence.progress import progress_bar
 from whence.scores import Scores
 
 _SELF = ("self_norm", "self_expected")
-_WIDE = 0.25
-"""Share of the queries in whose top an image is generally influential, if it is twice what chance gives."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +222,6 @@ def _generally_influential(
     k = min(top, len(images))
     rows = np.concatenate([one.top_rows(k) for one in validation])
     counts = np.bincount(rows.ravel(), minlength=len(images))
-    least = max(2, _WIDE * len(rows), 2 * len(rows) * k / len(images))
+    least = generally_influential_from(len(rows), len(images), k, at_least=2)
     wide = [row for row in np.argsort(-counts, kind="stable") if counts[row] >= least]
     return counts.astype(np.float64), tuple(images.ids[row] for row in wide)

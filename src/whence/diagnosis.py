@@ -25,7 +25,6 @@ from whence.bias import (
     Intervention,
     choose_samples,
     correlations,
-    generally_influential_from,
     intervene,
     is_replayed,
     norm_by_timestep,
@@ -37,6 +36,7 @@ from whence.comparison import markdown_table
 from whence.config import TraceSettings
 from whence.data import ImageData
 from whence.errors import ConfigError, ScoresError
+from whence.evaluation import generally_influential_from
 from whence.retrieval import names_apart
 from whence.scores import Scores
 from whence.subject import Subject

@@ -5,6 +5,7 @@ Diversity alone can be had at random, so :func:`unique_share` and its kin only m
 :func:`precision`, or an LDS, and beside :func:`chance_specificity`.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,6 +128,15 @@ def largest_share(top_rows: Int[ndarray, "query k"]) -> float:
         1.0
     """
     return float(np.bincount(top_rows.ravel()).max() / len(top_rows))
+
+
+def generally_influential_from(num_query: int, num_train: int, k: int, at_least: int = 3) -> int:
+    """Say in how many top k a sample is generally influential.
+
+    Returns:
+        A quarter of the queries, twice what chance gives, or ``at_least``, whichever is most.
+    """
+    return math.ceil(max(at_least, num_query / 4, 2 * num_query * k / num_train))
 
 
 def gini(counts: Int[ndarray, " train"]) -> float:
