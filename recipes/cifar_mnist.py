@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from seeds import interval, markdown
+from tables import interval, markdown
 
 import whence
 from whence.evaluation import generally_influential_from

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy import stats
-from seeds import interval, markdown
+from tables import interval, markdown
 
 from whence.demo import PLANTED, run_demo
 from whence.pipeline import Run

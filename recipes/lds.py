@@ -38,6 +38,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from jaxtyping import Bool
+from numpy import ndarray
+from tables import markdown
 
 import whence
 from whence.config import DataSettings, IndexSettings, ModelSettings, RetrainingSettings, TrainingSettings
@@ -206,8 +209,8 @@ class Scored:
     sample_passes: int
     seconds: float
     stored_bytes: int = 0
-    by_damping: Mapping[float, Scores] = field(default_factory=dict)
-    """Scores with other dampings, which are looked at and not reported."""
+    lds_by_damping: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
+    """LDS with other dampings, by set of queries; looked at and not reported."""
 
 
 def score_all(
@@ -259,24 +262,24 @@ def _stored(
     seconds = index_s + time.perf_counter() - started
     has_ridge = isinstance(method.precondition, RidgeInverse) and method.checkpoints == "last"
     tried = {d: ask(replace(method, precondition=RidgeInverse(damping=d))) for d in DAMPINGS} if has_ridge else {}
-    yield Scored(method.name, scores, passes, seconds, num_bytes, tried)
+    lds = {d: {name: found.lds for name, found in _lds(one, truth).items()} for d, one in tried.items()}
+    yield Scored(method.name, scores, passes, seconds, num_bytes, lds)
     if method in (D_TRAK, TRAK):
         by_training_images = replace(method, precondition=RidgeInverse(damping="gcv"))
         yield Scored(f"{method.name}, damping by cross-validation", ask(by_training_images), passes, 0.0, num_bytes)
         for name in sets:
-            best = max(tried.values(), key=lambda one: _lds(one, truth)[name].lds)
-            yield Scored(f"{method.name} (oracle for {name})", best, passes, 0.0, num_bytes)
+            best = max(DAMPINGS, key=lambda damping: lds[damping][name])
+            yield Scored(f"{method.name} (oracle for {name})", tried[best], passes, 0.0, num_bytes)
 
 
-def class_precision(scores: Scores, train: ImageData, queries: ImageData) -> float | None:
+def class_precision(scores: Scores, queries: ImageData, same_class: Bool[ndarray, "query train"]) -> float | None:
     """Give the share of the top 10 that is of the query's class, mean over the labelled queries that are scored."""
     row_of = {id_: row for row, id_ in enumerate(scores.query_ids)}
     scored = [row for row, id_ in enumerate(queries.ids) if id_ in row_of]
-    group = find_relevant(train, queries).group
-    if group is None or not scored:
+    if not scored:
         return None
     top_rows = scores.top_rows(10)[[row_of[queries.ids[row]] for row in scored]]
-    return float(precision(top_rows, group[scored]).mean())
+    return float(precision(top_rows, same_class[scored]).mean())
 
 
 def _lds(scores: Scores, truth: GroundTruth) -> dict[str, LdsResult]:
@@ -297,31 +300,30 @@ def write_table(
     What a method cost is kept from the first time: scores that are there cost nothing.
     """
     rows: list[dict[str, Any]] = []
-    dampings: dict[str, dict[float, dict[str, float]]] = {}
+    dampings: dict[str, Mapping[float, Mapping[str, float]]] = {}
     costs_file = out / "costs.json"
     costs: dict[str, dict[str, Any]] = json.loads(costs_file.read_text()) if costs_file.exists() else {}
     labelled = run.open_queries(sets["validation"])
+    same_class = find_relevant(run.train_images, labelled).group
+    assert same_class is not None  # both files have labels
     for scored in score_all(run, sets, truth, size, device, names):
         found = _lds(scored.scores, truth)
         row: dict[str, Any] = {"method": scored.name}
         for name in sets:
             result = found.get(name)
             row[name] = None if result is None else [result.lds, result.low, result.high]
-        names = ("sample_passes", "seconds", "stored_bytes")
-        cost = costs.setdefault(scored.name, {name.replace("_", " "): getattr(scored, name) for name in names})
+        fields = ("sample_passes", "seconds", "stored_bytes")
+        cost = costs.setdefault(scored.name, {name.replace("_", " "): getattr(scored, name) for name in fields})
         costs_file.write_text(json.dumps(costs, indent=1) + "\n")
-        row["class@10"] = class_precision(scored.scores, run.train_images, labelled)
+        row["class@10"] = class_precision(scored.scores, labelled, same_class)
         row |= {"unique@10": unique_share(scored.scores.top_rows(10)), **cost}
         print(row, flush=True)
         rows.append(row)
         ceilings = {result.query_set: result.ceiling.ceiling for result in found.values() if result.ceiling}
         (out / "table.json").write_text(json.dumps({"ceilings": ceilings, "rows": rows}, indent=1) + "\n")
         (out / "table.md").write_text(to_markdown(rows, list(sets), ceilings))
-        if scored.by_damping:
-            dampings[scored.name] = {
-                damping: {name: result.lds for name, result in _lds(one, truth).items()}
-                for damping, one in scored.by_damping.items()
-            }
+        if scored.lds_by_damping:
+            dampings[scored.name] = scored.lds_by_damping
             (out / "dampings.json").write_text(json.dumps(dampings, indent=1) + "\n")
             (out / "dampings.md").write_text("\n".join(dampings_to_markdown(dampings, name) for name in sets))
 
@@ -337,26 +339,26 @@ def to_markdown(rows: Sequence[Mapping[str, Any]], sets: Sequence[str], ceilings
         "seconds",
         "stored",
     ]
-    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    lines = []
     for row in sorted(rows, key=lambda row: -(row[sets[0]] or [-1])[0]):
         lds = [f"{row[n][0]:.3f} ({row[n][1]:.3f} to {row[n][2]:.3f})" if row[n] else "" for n in sets]
         stored = f"{row['stored bytes'] / 2**20:.0f} MiB" if row["stored bytes"] else ""
         of_class = "" if row["class@10"] is None else f"{row['class@10']:.2f}"
         cells = [row["method"], *lds, of_class, f"{row['unique@10']:.2f}"]
         cells += [f"{row['sample passes']:,}", f"{row['seconds']:.0f}", stored]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(cells)
     limits = [f"{ceilings[name]:.3f}" if name in ceilings else "" for name in sets]
-    lines.append(f"| {' | '.join(['ceiling', *limits, *[''] * 5])} |")
-    return "\n".join(lines) + "\n"
+    return markdown(heads, [*lines, ["ceiling", *limits, *[""] * 5]])
 
 
 def dampings_to_markdown(dampings: Mapping[str, Mapping[float, Mapping[str, float]]], name: str) -> str:
     """Lay out LDS on one set of queries by method and damping."""
-    lines = [f"| LDS, {name} | {' | '.join(f'{d:g}' for d in DAMPINGS)} |", "|" + " --- |" * (1 + len(DAMPINGS))]
-    for method, found in dampings.items():
-        if name in found[DAMPINGS[0]]:
-            lines.append(f"| {method} | {' | '.join(f'{found[d][name]:.3f}' for d in DAMPINGS)} |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [method, *(f"{found[damping][name]:.3f}" for damping in DAMPINGS)]
+        for method, found in dampings.items()
+        if name in found[DAMPINGS[0]]
+    ]
+    return markdown([f"LDS, {name}", *(f"{damping:g}" for damping in DAMPINGS)], rows)
 
 
 if __name__ == "__main__":

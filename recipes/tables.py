@@ -1,4 +1,4 @@
-"""Figures of several training seeds: intervals and tables, for the recipes beside."""
+"""Markdown tables, and intervals over training seeds, for the recipes beside."""
 
 from collections.abc import Sequence
 
