@@ -51,7 +51,7 @@ class Points:
     @property
     def has_halves(self) -> bool:
         """Whether the draws fall into two independent halves."""
-        return self.draws % (4 if self.mirrored else 2) == 0
+        return (AntitheticGrid if self.mirrored else Grid)(len(self.timesteps), self.draws).has_halves
 
 
 Lengths = Float[ndarray, " timestep"]

@@ -76,11 +76,11 @@ def check_method(method: Method, settings: TraceSettings) -> None:
         faults.append("weights 'published' are those of a whole interval; use them with the last visit")
     draws, timesteps = method.query.events.draws, method.query.events.timesteps
     if isinstance(method.query.events, AntitheticGrid):
-        if draws % 4 and draws != 2:
+        if not method.query.events.has_halves and draws != 2:
             faults.append(
                 f"draws must be a multiple of 4, to be split in two halves of whole pairs, or 2; found {draws}"
             )
-    elif draws != 1 and draws % 2:
+    elif not method.query.events.has_halves and draws != 1:
         faults.append(f"draws must be an even number, to be split in two halves, or 1; found {draws}")
     if isinstance(method.train.events, AntitheticGrid):
         faults.append("pairs of opposite noise are of queries; training images have a plain grid")

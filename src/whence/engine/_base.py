@@ -214,7 +214,7 @@ class MatrixLayerFactors(AbstractLayerFactors):
     def outputs_at_once(self) -> int:
         """Outputs in one piece of the weight gradient."""
         num_out, num_inner = self._sizes
-        num_pieces = ceil(self.num_units * num_out * num_inner / numbers_at_once(self.calls[0][1].device))
+        num_pieces = ceil(self.num_units * num_out * num_inner / numbers_at_once(self.device))
         # Equal pieces, and multiples of the width of vector instructions.
         return max(1, ceil(num_out / num_pieces / 16)) * 16 if num_pieces > 1 else num_out
 

@@ -37,14 +37,18 @@ class SquaredLengths:
     def sum(self) -> Float64[Tensor, " unit"]:
         """Give the sum of all that was added."""
         if self._lengths:
-            self._sum += torch.cat(self._lengths, dim=1).double().square().sum(1)
+            self._sum += _squares_added(self._lengths)
             self._lengths.clear()
         return self._sum
 
 
 def squared_lengths(rows: Float[Tensor, "unit element"]) -> Float64[Tensor, " unit"]:
     """Squared length of each row, in float64."""
-    return torch.cat(list(_lengths(rows)), dim=1).double().square().sum(1)
+    return _squares_added(list(_lengths(rows)))
+
+
+def _squares_added(lengths: list[Float[Tensor, "unit _"]]) -> Float64[Tensor, " unit"]:
+    return torch.cat(lengths, dim=1).double().square().sum(1)
 
 
 def _lengths(rows: Float[Tensor, "unit element"]) -> Iterator[Float[Tensor, "unit part"]]:

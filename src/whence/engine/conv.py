@@ -195,7 +195,7 @@ class ConvFactors(MatrixLayerFactors):
         if self.layer.groups > 1:
             return False
         few = self.positions < self.weight_shape[0] * len(self.calls)
-        return few or self._is_pointwise or self.calls[0][0].device.type != "cpu"
+        return few or self._is_pointwise or self.device.type != "cpu"
 
     @property
     def _is_pointwise(self) -> bool:
