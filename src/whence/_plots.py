@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int
 from markupsafe import Markup
 from numpy import ndarray
 
+from whence._page_text import superscript
+
 _Ticks = dict[float, str]  # value -> label
 
 MAX_DOTS = 1500
@@ -20,7 +22,6 @@ MAX_DOTS = 1500
 
 _WIDTH, _HEIGHT = 480, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 22, 30, 48
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,12 @@ def draw_norms(
     if not heights.size:
         return None
     last = float(np.concatenate([train_timesteps[drawable], query_timesteps]).max())
-    low, high = _padded(heights)
-    axes = _Axes((0.0, _round_up(last)), (low, high), log_y=True)
-    shapes = [axes.frame(_linear_ticks(axes.x_range[1]), _log_ticks(low, high), "timestep", "gradient norm, log scale")]
+    axes, frame = _axes_of_norms(last, heights)
+    shapes = [frame]
     if grid.size:
         band = _points(axes, np.append(grid, grid[::-1]), np.append(quartiles[2], quartiles[0][::-1]))
         shapes.append(Markup('<path class="band" d="M{}Z"/>').format(band))
-    for kind, mask in (("all", drawable & ~in_top), ("top", drawable & in_top)):
-        rows = _thin_out(np.flatnonzero(mask))
-        shapes.append(_dots(axes, kind, train_timesteps[rows], train_norms[rows]))
+    shapes += _dots_of_images(axes, train_timesteps, train_norms, drawable, in_top)
     if grid.size:
         shapes.append(Markup('<path class="median" d="M{}"/>').format(_points(axes, grid, quartiles[1])))
     return _svg(shapes, f"{name}: gradient norm against timestep")
@@ -179,9 +177,8 @@ def draw_curves(
     heights = np.concatenate([curves[~np.isnan(curves)], marks[:, 1]])
     if not heights.size:
         return None
-    low, high = _padded(heights)
-    axes = _Axes((0.0, _round_up(until)), (low, high), log_y=True)
-    shapes = [axes.frame(_linear_ticks(axes.x_range[1]), _log_ticks(low, high), "timestep", "gradient norm, log scale")]
+    axes, frame = _axes_of_norms(until, heights)
+    shapes = [frame]
     for number, curve in enumerate(curves):
         drawn = ~np.isnan(curve)
         if drawn.any():
@@ -222,9 +219,7 @@ def draw_sizes(
     axes = _Axes((max(left - pad, 0.0), right + pad), (low, high), log_y=True)
     x_ticks = _linear_ticks(axes.x_range[1], axes.x_range[0])
     shapes = [axes.frame(x_ticks, _log_ticks(low, high), x_label, "mean |score| / strongest, log scale")]
-    for kind, mask in (("all", ~in_top), ("top", in_top)):
-        rows = _thin_out(np.flatnonzero(mask))
-        shapes.append(_dots(axes, kind, places[rows], sizes[rows]))
+    shapes += _dots_of_images(axes, places, sizes, np.ones(len(places), dtype=bool), in_top)
     tenths = [part for part in np.array_split(np.argsort(places, kind="stable"), 10) if len(part)]
     medians = np.array([(np.median(places[part]), np.median(sizes[part])) for part in tenths])
     shapes.append(Markup('<path class="median" d="M{}"/>').format(_points(axes, medians[:, 0], medians[:, 1])))
@@ -299,6 +294,23 @@ def _padded(heights: ndarray) -> tuple[float, float]:
     return low - pad, high + pad
 
 
+def _axes_of_norms(until: float, norms: ndarray) -> tuple[_Axes, Markup]:
+    """Give axes of gradient norms against timesteps, and their frame."""
+    low, high = _padded(norms)
+    axes = _Axes((0.0, _round_up(until)), (low, high), log_y=True)
+    ticks = _linear_ticks(axes.x_range[1]), _log_ticks(low, high)
+    return axes, axes.frame(*ticks, "timestep", "gradient norm, log scale")
+
+
+def _dots_of_images(axes: _Axes, x_values: ndarray, y_values: ndarray, drawn: ndarray, in_top: ndarray) -> list[Markup]:
+    """Draw training images, those in a top k over the others."""
+    shapes = []
+    for kind, mask in (("all", drawn & ~in_top), ("top", drawn & in_top)):
+        rows = _thin_out(np.flatnonzero(mask))
+        shapes.append(_dots(axes, kind, x_values[rows], y_values[rows]))
+    return shapes
+
+
 def _dots(axes: _Axes, kind: str, x_values: ndarray, y_values: ndarray) -> Markup:
     dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in zip(axes.x(x_values), axes.y(y_values), strict=True))
     return Markup('<path class="dots {}" d="{}"/>').format(kind, dots)
@@ -365,5 +377,5 @@ def _log_ticks(low: float, high: float) -> _Ticks:
 def _power_text(factor: int, power: int) -> str:
     if -3 <= power <= 4:
         return f"{factor * 10.0**power:,.{max(0, -power)}f}"
-    text = "10" + str(power).translate(_SUPERSCRIPTS)
+    text = f"10{superscript(power)}"
     return text if factor == 1 else f"{factor}×{text}"
