@@ -35,6 +35,7 @@ from designs import (
 )
 from jaxtyping import Float
 from numpy import ndarray
+from table import lay_out
 from torch import Tensor
 
 from whence.config import TraceSettings
@@ -244,21 +245,23 @@ def tabulate(result: dict, reference: Grid) -> str:
     """Write the tables of the page."""
     cells = result["cells"]
     all_passes = sorted({cell["passes"] for cell in cells})
-    lines = []
+    parts = []
     for name in NAMES:
         head = [f"{name}: design", *map(str, all_passes), *(f"to {target:.2f}" for target in TARGETS)]
-        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        rows = []
         for design in dict.fromkeys(cell["design"] for cell in cells):
             found = {passes: over_cells(cells, name, design, passes) for passes in all_passes}
             curve = [(passes, one[0]) for passes, one in found.items() if one]
             values = ["" if one is None else f"{one[0]:.3f} ({one[1]:.2f})" for one in found.values()]
-            row = [design, *values, *(passes_to(target, curve) for target in TARGETS)]
-            lines.append(f"| {' | '.join(row)} |")
+            rows.append([design, *values, *(passes_to(target, curve) for target in TARGETS)])
         ceiling = result["ceiling"][name]
         spent = reference.timesteps * reference.draws
-        lines += ["", f"Two references of {spent:,} passes: {np.median(ceiling):.3f} ({min(ceiling):.3f}).", ""]
+        parts += [
+            lay_out(head, rows),
+            f"Two references of {spent:,} passes: {np.median(ceiling):.3f} ({min(ceiling):.3f}).",
+        ]
     head = ["even grid", *(f"{n}: {what}" for n in NAMES for what in (*_HALVES, "Spearman"))]
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for passes in all_passes:
         here = [cell for cell in cells if (cell["design"], cell["passes"]) == ("even", passes)]
         columns: list[float] = []
@@ -267,15 +270,16 @@ def tabulate(result: dict, reference: Grid) -> str:
             assert agreement is not None
             columns += [float(np.median([cell[name][what] for cell in here])) for what in _HALVES]
             columns.append(agreement[0])
-        lines.append(f"| {passes // 2} x 2 | {' | '.join(f'{value:.3f}' for value in columns)} |")
-    lines += ["", "| --until | grid | method | passes | reliability | Spearman | worst |", "|---" * 7 + "|"]
+        rows.append([f"{passes // 2} x 2", *(f"{value:.3f}" for value in columns)])
+    parts.append(lay_out(head, rows))
+    rows = []
     for budget in result["budgets"]:
         spearman = budget["spearman"]
         spent = f"{' + '.join(map(str, budget['path']))} = {sum(budget['path'])}"
         numbers = [f"{n:.3f}" for n in (budget["reliability"], np.median(spearman), min(spearman))]
-        row = [str(budget["until"]), budget["design"], budget["method"], spent, *numbers]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([str(budget["until"]), budget["design"], budget["method"], spent, *numbers])
+    head = ["--until", "grid", "method", "passes", "reliability", "Spearman", "worst"]
+    return "\n\n".join([*parts, lay_out(head, rows)]) + "\n"
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def _grid(first: str, rows: Sequence[dict[str, Any]], models: Sequence[str], cel
     paths = dict.fromkeys((row["path"], row["computes"]) for row in rows)
     of = {(row["path"], row["model"]): row for row in rows}
     lines = [[path, computes, *(cell(of[path, model]) for model in models)] for path, computes in paths]
-    return _table([first, "computes", *models], [line for line in lines if any(line[2:])])
+    return lay_out([first, "computes", *models], [line for line in lines if any(line[2:])])
 
 
 def _peers(rows: Sequence[dict[str, Any]], models: Sequence[str]) -> str:
@@ -104,10 +104,11 @@ def _peers(rows: Sequence[dict[str, Any]], models: Sequence[str]) -> str:
         ]
         for row in order
     ]
-    return _table(columns, cells)
+    return lay_out(columns, cells)
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def lay_out(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
